@@ -1,0 +1,234 @@
+//! The messages. See `docs/design.md`, "How data flows", for who says what when.
+
+use serde::{Deserialize, Serialize};
+
+/// To a zygote. The first message on its first channel is [`ToZygote::Configure`], sent by the shim of
+/// its pool; that channel alone may `Attach` others. A Function's shim speaks on an attached channel
+/// and may only `Fork`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToZygote {
+    /// What to import and how many spares to keep.
+    Configure(ZygoteSetup),
+    /// One descriptor: a channel on which another shim will ask for leaves.
+    Attach,
+    /// One descriptor: the leaf's end of its control channel. Answered by `Forked` or `ForkFailed`.
+    Fork {
+        /// Chosen by the asker and repeated in the answer.
+        ticket: u64,
+        /// Fork now even if a spare is there.
+        fresh: bool,
+    },
+}
+
+/// What a zygote is to become.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ZygoteSetup {
+    /// Modules to import, in this order.
+    pub imports: Vec<String>,
+    /// Directories put at the front of `sys.path`.
+    pub path: Vec<String>,
+    /// Leaves to keep forked ahead of need.
+    pub spares: u32,
+    /// Modules whose threads are accepted although a fork may not carry them over.
+    pub accepted_threads: Vec<String>,
+}
+
+/// From a zygote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromZygote {
+    /// Everything is imported and leaves can be forked.
+    Ready {
+        /// Time of all imports, in microseconds.
+        import_micros: u64,
+        /// Time of each, in order.
+        modules: Vec<ModuleImport>,
+    },
+    /// It cannot serve as a zygote and ends now.
+    Refused {
+        /// The module at fault, empty if none is to blame.
+        module: String,
+        /// One line for a person: what is wrong and what to do.
+        message: String,
+    },
+    /// The leaf exists and owns its control channel.
+    Forked {
+        /// From the request.
+        ticket: u64,
+        /// Whether a spare was taken.
+        spare: bool,
+        /// From the request read to the leaf there, in microseconds.
+        micros: u64,
+    },
+    /// There is no leaf; the control channel is closed.
+    ForkFailed {
+        /// From the request.
+        ticket: u64,
+        /// One line for a person.
+        message: String,
+    },
+}
+
+/// One import of a zygote.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleImport {
+    /// Its name.
+    pub name: String,
+    /// Its time with everything it pulled in, in microseconds.
+    pub micros: u64,
+}
+
+/// To a leaf, on its control channel, from the shim of its Function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToLeaf {
+    /// Answers `Hello`. The descriptors are named by `fds`, in order; the first is always the sealed
+    /// memory file with the postcard form of [`LeafSetup`].
+    Setup {
+        /// What each descriptor of this message is.
+        fds: Vec<FdRole>,
+    },
+    /// One descriptor: an accepted connection with bytes to read. May be queued behind `Setup`.
+    Serve {
+        /// Chosen by the shim; names the connection from here on.
+        conn: u64,
+    },
+    /// Hand the connection back if it is idle at a request boundary: answered by `Parked`, or by
+    /// nothing while a request is under way (the next `Done` is then followed by `Parked`).
+    Park {
+        /// From `Serve`.
+        conn: u64,
+    },
+    /// Finish what is under way and exit with status 0.
+    Exit,
+}
+
+/// What a descriptor of [`ToLeaf::Setup`] is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FdRole {
+    /// Sealed memory file with a [`LeafSetup`].
+    Setup,
+    /// Detached mount tree that becomes the root directory (`open_tree(2)` with `OPEN_TREE_CLONE`).
+    Root,
+    /// Empty network namespace to join.
+    Network,
+    /// `cgroup.procs` or v1 `cgroup.procs`/`tasks` file: write `0` to it. Several may come.
+    Cgroup,
+    /// Becomes descriptor 1.
+    Stdout,
+    /// Becomes descriptor 2.
+    Stderr,
+}
+
+/// All a leaf must know of its Function. The same bytes serve every leaf of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeafSetup {
+    /// `module.attribute` of the handler.
+    pub handler: String,
+    /// Directories put at the front of `sys.path`, the Function's code first.
+    pub path: Vec<String>,
+    /// The whole environment, `(name, value)`.
+    pub env: Vec<(String, String)>,
+    /// Working directory inside the root.
+    pub cwd: String,
+    /// Host name of the pod.
+    pub hostname: String,
+    /// Name of the Function, for the handler's context.
+    pub function: String,
+    /// Its namespace, likewise.
+    pub namespace: String,
+    /// Name of the pod, likewise.
+    pub pod: String,
+    /// User and group that the leaf must already be. A check, not an order: the namespace maps no other.
+    pub uid: u32,
+    /// See `uid`.
+    pub gid: u32,
+    /// Paths below the root to hide (OCI `maskedPaths`); those that do not exist are passed over.
+    pub masked_paths: Vec<String>,
+    /// Paths below the root to make read-only (OCI `readonlyPaths`).
+    pub readonly_paths: Vec<String>,
+    /// Soft and hard limits; what may not be raised is left as it is.
+    pub rlimits: Vec<Rlimit>,
+    /// The pod's seccomp profile: `struct sock_filter` in native byte order, 8 bytes each. Empty: none.
+    pub seccomp: Vec<u8>,
+    /// `socket(2)` of the Internet families and netlink goes to the shim by seccomp notification.
+    pub intercept_sockets: bool,
+    /// End after the first request, keeping nothing for another.
+    pub single_request: bool,
+    /// Give an idle keep-alive connection back after this many milliseconds.
+    pub park_after_ms: u64,
+    /// Largest request body, in bytes (413 beyond).
+    pub max_body: u64,
+    /// Threads that numeric libraries may use; 0 leaves them alone.
+    pub threads: u32,
+    /// Time limit of a request in seconds, for the handler's context (the shim enforces it).
+    pub timeout_seconds: u32,
+}
+
+/// One resource limit, by its number in `setrlimit(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rlimit {
+    /// `RLIMIT_*`.
+    pub resource: u32,
+    /// Soft limit.
+    pub soft: u64,
+    /// Hard limit.
+    pub hard: u64,
+}
+
+/// From a leaf, in this order: `Hello`, `Confined`, `Ready` (or `Failed` in place of either), and
+/// then for every connection `Began`/`Done` pairs, ended by `Parked` or `Closed`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromLeaf {
+    /// It exists; the kernel adds its credentials (`SO_PASSCRED`).
+    Hello,
+    /// It has its root, cgroup, namespaces, and no capability. One descriptor if sockets are
+    /// intercepted: the seccomp listener.
+    Confined {
+        /// Where the time went.
+        phases: Vec<Phase>,
+    },
+    /// The handler is imported.
+    Ready {
+        /// Time of that import in microseconds.
+        import_micros: u64,
+    },
+    /// It could not get there, and exits.
+    Failed {
+        /// The line a person needs: the last of the traceback, with file and line number.
+        message: String,
+        /// The whole traceback, as far as it fits; also written to standard error.
+        traceback: String,
+    },
+    /// The head of a request was read.
+    Began {
+        /// From `Serve`.
+        conn: u64,
+    },
+    /// The answer was written.
+    Done {
+        /// From `Serve`.
+        conn: u64,
+        /// HTTP status.
+        status: u16,
+        /// From `Began` to the answer written, in microseconds.
+        micros: u64,
+    },
+    /// The connection is idle at a request boundary and the leaf has closed its own descriptor of it.
+    Parked {
+        /// From `Serve`.
+        conn: u64,
+    },
+    /// The connection ended; the leaf has shut it down and closed its descriptor.
+    Closed {
+        /// From `Serve`.
+        conn: u64,
+    },
+}
+
+/// A named step and its duration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// `mount`, `proc`, `cgroup`, ...
+    pub name: String,
+    /// Microseconds.
+    pub micros: u64,
+}
