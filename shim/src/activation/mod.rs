@@ -1,0 +1,1 @@
+//! Activation: what makes the pod of a Function answer.
