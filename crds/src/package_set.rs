@@ -1,0 +1,193 @@
+//! `PackageSet`: an image with Python, the packages to install beside it, and the modules to import ahead.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Toleration;
+use kube::{CustomResource, KubeSchema};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Serialize};
+
+use crate::fields::{Condition, Resources, conditions, strings};
+
+/// One pinned and hashed requirement, as pip and uv read it: `name[extras]==version ; marker --hash=sha256:…`.
+/// The marker has no `-`, so that no option can hide in it.
+const REQUIREMENT: &str = r#"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._, -]+\])?==[0-9A-Za-z.!+_]+( *; *[A-Za-z0-9_.<>=!~'"(), ]+)?( +--hash=sha256:[0-9a-f]{64})+$"#;
+
+/// A module's dotted name.
+const MODULE: &str = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$";
+
+/// Python packages that are installed on every node that should serve them, imported, and kept warm.
+#[derive(Clone, CustomResource, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+#[kube(
+    group = "sock.dev",
+    version = "v1alpha1",
+    kind = "PackageSet",
+    plural = "packagesets",
+    namespaced,
+    shortname = "pkgs",
+    category = "sock",
+    status = "PackageSetStatus",
+    derive = "PartialEq",
+    doc = "Python packages that are installed on every node that should serve them, imported, and kept warm",
+    validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 50")
+        .message(Message::Expression("'metadata.name: ' + self.metadata.name + ' must begin with a letter, consist of a-z, 0-9 and -, and have at most 50 characters'".into())),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
+    printcolumn(name = "Nodes", type_ = "integer", json_path = ".status.readyNodes"),
+    printcolumn(name = "Wanted", type_ = "integer", json_path = ".status.desiredNodes"),
+    printcolumn(name = "Import ms", type_ = "integer", json_path = ".status.importMillis"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
+    printcolumn(name = "Image", type_ = "string", json_path = ".spec.image", priority = 1),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+pub struct PackageSetSpec {
+    /// Image with Python 3.10 or later, in which the Functions run.
+    #[schemars(length(min = 1, max = 512))]
+    pub image: String,
+    /// Packages to install beside those of the image; none if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requirements: Option<Requirements>,
+    /// Where packages come from; the Python Package Index if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<Index>,
+    /// Modules that the zygote imports, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "imports")]
+    pub imports: Vec<String>,
+    /// Nodes that keep it warm; all that sock is installed on if left out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints of nodes that it tolerates, and with it its Functions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub tolerations: Vec<Toleration>,
+    /// What the installer and the zygote ask for and may use at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+    /// Leaves that are kept ahead on each node.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 64))]
+    pub spares: i32,
+    /// Modules whose threads are accepted in the zygote, though a fork leaves them behind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "accepted_threads")]
+    pub accepted_threads: Vec<String>,
+}
+
+fn one() -> i32 {
+    1
+}
+
+fn imports(_: &mut SchemaGenerator) -> Schema {
+    strings(
+        "Modules that the zygote imports, in this order.",
+        MODULE,
+        256,
+        256,
+    )
+}
+
+fn accepted_threads(_: &mut SchemaGenerator) -> Schema {
+    strings(
+        "Modules whose threads are accepted in the zygote, though a fork leaves them behind.",
+        MODULE,
+        256,
+        64,
+    )
+}
+
+/// Packages, each pinned to a version and to the hashes of its files.
+#[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.lines) != has(self.configMapKeyRef)")
+    .message("requirements: set exactly one of lines and configMapKeyRef"))]
+pub struct Requirements {
+    /// Lines of a requirements file: `name==version --hash=sha256:…`, all dependencies included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "lines")]
+    pub lines: Option<Vec<String>>,
+    /// A requirements file in a ConfigMap of the same namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config_map_key_ref: Option<ConfigMapKeyRef>,
+}
+
+fn lines(_: &mut SchemaGenerator) -> Schema {
+    strings(
+        "Lines of a requirements file: `name==version --hash=sha256:…`, all dependencies included.",
+        REQUIREMENT,
+        16384,
+        1000,
+    )
+}
+
+/// A key of a ConfigMap of the same namespace.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ConfigMapKeyRef {
+    /// Name of the ConfigMap.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
+    /// Key in its data.
+    #[schemars(length(min = 1, max = 253))]
+    pub key: String,
+}
+
+/// A package index.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Index {
+    /// Address of the index in the simple form (PEP 503).
+    #[schemars(length(max = 2048), regex(pattern = r"^https?://[^\s@]+$"))]
+    pub url: String,
+}
+
+/// What became of a PackageSet.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PackageSetStatus {
+    /// The `metadata.generation` that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Ready`, `Installed`, `RequirementsFound`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "conditions")]
+    pub conditions: Vec<Condition>,
+    /// Nodes that should keep it warm.
+    #[serde(default)]
+    pub desired_nodes: i32,
+    /// Nodes that keep its present version warm.
+    #[serde(default)]
+    pub ready_nodes: i32,
+    /// Longest time that a node took to import the modules, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import_millis: Option<i64>,
+    /// Digest of the version that the spec asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Digest of the version that Functions run on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_digest: Option<String>,
+    /// Lock (image and requirements) of the version that Functions run on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_lock: Option<String>,
+    /// Image of the version that Functions run on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready_image: Option<String>,
+    /// Nodes where it fails, with the line that says why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<NodeFailure>,
+}
+
+/// Why a pod of a resource does not run.
+#[derive(
+    Clone, Debug, Default, Deserialize, Eq, JsonSchema, Ord, PartialEq, PartialOrd, Serialize,
+)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeFailure {
+    /// Name of the node.
+    pub node: String,
+    /// Name of the pod.
+    pub pod: String,
+    /// The line to act on.
+    pub message: String,
+}
