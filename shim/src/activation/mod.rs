@@ -1,1 +1,3 @@
 //! Activation: what makes the pod of a Function answer.
+
+pub mod decide;
