@@ -1,1 +1,23 @@
-//! .
+//! Lean sandboxes on Linux: namespaces, root file systems, cgroups, capabilities, seccomp, and the
+//! processes inside them, after OCI's runtime specification.
+//!
+//! A container's first process is made in two halves. [`launch`] starts a child that waits; the caller puts it into
+//! its [`cgroup`], lets it build its root, and starts the program when told to. All of it
+//! runs in a process with one thread: the child goes on in Rust after the fork.
+//!
+//! This crate knows nothing of containerd, Kubernetes or Python.
+
+mod capability;
+pub mod cgroup;
+mod error;
+mod holder;
+mod init;
+pub mod launch;
+pub mod namespace;
+mod rlimit;
+pub mod root;
+pub mod seccomp;
+
+pub use error::{Error, Result};
+pub use holder::{HolderKind, holder_program};
+pub use launch::{ExecPlan, Launched, Plan, Program, Progress, Stdio, UserMapping, exec, launch};

@@ -1,0 +1,565 @@
+//! Control groups of a container, version 1 and 2, placed by path or as a systemd scope.
+//!
+//! On version 1 a "cgroup" is one directory in every mounted hierarchy; on version 2 it is one
+//! directory. [`Cgroup`] hides the difference. A systemd scope lives only while it has a process, so it is created
+//! together with the container's first one ([`Cgroup::create`]).
+
+mod limits;
+mod systemd;
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::LinuxResources;
+
+use crate::error::Step;
+use crate::{Error, Result};
+
+/// Where the specification wants the cgroup (`linux.cgroupsPath`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A path below the root of every hierarchy.
+    Path(PathBuf),
+    /// `slice:prefix:name`, a scope of systemd.
+    Scope {
+        /// `kubepods-besteffort-podX.slice`
+        slice: String,
+        /// `prefix-name.scope`
+        unit: String,
+    },
+}
+
+impl Location {
+    /// Parses `linux.cgroupsPath`.
+    ///
+    /// # Errors
+    /// A path with `..`, or a name of systemd's form with an empty or foreign part.
+    pub fn parse(text: &str) -> Result<Self> {
+        let bad = |why: &str| Error::spec("linux.cgroupsPath", format!("{text:?} {why}"));
+        let parts: Vec<&str> = text.split(':').collect();
+        if let [slice, prefix, name] = parts[..] {
+            if slice.contains('/') || prefix.contains('/') || name.contains('/') || name.is_empty() {
+                return Err(bad("is not slice:prefix:name"));
+            }
+            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            if !slice.ends_with(".slice") {
+                return Err(bad("names a slice that does not end in .slice"));
+            }
+            return Ok(Self::Scope { slice: slice.into(), unit: format!("{prefix}-{name}.scope") });
+        }
+        let path = Path::new(text.trim_start_matches('/'));
+        if text.trim_matches('/').is_empty() || !path.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
+            return Err(bad("is not a path below a cgroup root"));
+        }
+        Ok(Self::Path(path.into()))
+    }
+
+    /// The directory below a hierarchy's root.
+    fn directory(&self) -> PathBuf {
+        match self {
+            Self::Path(p) => p.clone(),
+            Self::Scope { slice, unit } => systemd::slice_path(slice).join(unit),
+        }
+    }
+}
+
+/// One hierarchy of version 1, or the one of version 2.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    /// `memory`, `cpu`, `name=systemd`; empty for version 2.
+    controllers: Vec<String>,
+    /// The directory that stands for `/` as this process's PID 1 sees it.
+    root: PathBuf,
+}
+
+/// The hierarchies of this machine.
+#[derive(Debug, Clone)]
+pub struct Hierarchies {
+    unified: bool,
+    list: Vec<Hierarchy>,
+}
+
+impl Hierarchies {
+    /// Reads `/proc/self/mountinfo` and `/proc/1/cgroup`.
+    ///
+    /// # Errors
+    /// They cannot be read, or no cgroup file system is mounted.
+    pub fn detect() -> Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
+        let init = fs::read_to_string("/proc/1/cgroup").at("read", "/proc/1/cgroup")?;
+        Self::from_text(&mounts, &init)
+    }
+
+    fn from_text(mounts: &str, init: &str) -> Result<Self> {
+        let (mut first, mut second) = (Vec::<Hierarchy>::new(), None);
+        for line in mounts.lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let left: Vec<&str> = left.split(' ').collect();
+            let right: Vec<&str> = right.split(' ').collect();
+            let (Some(mount_root), Some(point)) = (left.get(3), left.get(4)) else { continue };
+            match right.first() {
+                Some(&"cgroup2") if second.is_none() => second = Some((*mount_root, *point)),
+                Some(&"cgroup") => {
+                    let controllers: Vec<String> = right
+                        .get(2)
+                        .into_iter()
+                        .flat_map(|o| o.split(','))
+                        .filter(|o| o.starts_with("name=") || V1_CONTROLLERS.contains(o))
+                        .map(str::to_string)
+                        .collect();
+                    if controllers.is_empty() || first.iter().any(|h| h.controllers == controllers) {
+                        continue;
+                    }
+                    let path = init_path(init, &controllers);
+                    first.push(Hierarchy { root: below(point, mount_root, path), controllers });
+                }
+                _ => {}
+            }
+        }
+        if first.iter().any(|h| h.controllers.iter().any(|c| c == "memory")) {
+            return Ok(Self { unified: false, list: first });
+        }
+        let Some((mount_root, point)) = second else {
+            return Err(Error::spec("linux.cgroupsPath", "no cgroup file system is mounted on this machine"));
+        };
+        let path = init_path(init, &[]);
+        Ok(Self { unified: true, list: vec![Hierarchy { controllers: Vec::new(), root: below(point, mount_root, path.map(|p| p.trim_end_matches("/init.scope"))) }] })
+    }
+
+    /// Whether version 2 carries the controllers.
+    #[must_use]
+    pub fn unified(&self) -> bool {
+        self.unified
+    }
+}
+
+const V1_CONTROLLERS: [&str; 13] =
+    ["cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb", "net_cls", "net_prio", "perf_event", "rdma"];
+
+/// PID 1's own path in the hierarchy with these controllers: what `/` means to a nested machine such as a kind node.
+fn init_path<'a>(init: &'a str, controllers: &[String]) -> Option<&'a str> {
+    init.lines().find_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (_, names, path) = (parts.next()?, parts.next()?, parts.next()?);
+        let wanted = controllers.join(",");
+        (names == wanted || (!wanted.is_empty() && names.split(',').any(|n| controllers.iter().any(|c| c == n)))).then_some(path)
+    })
+}
+
+/// Where PID 1's `path` is found under a mount of `mount_root` at `point`.
+fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
+    let path = path.unwrap_or("/");
+    // A mount of a part of the hierarchy shows paths below that part only.
+    let path = Path::new(path).strip_prefix(mount_root).unwrap_or(Path::new(path));
+    let path = path.strip_prefix("/").unwrap_or(path);
+    // systemd itself lives in init.scope of the root it manages.
+    let path = path.strip_suffix_scope();
+    Path::new(point).join(path)
+}
+
+trait StripScope {
+    fn strip_suffix_scope(&self) -> &Path;
+}
+
+impl StripScope for Path {
+    fn strip_suffix_scope(&self) -> &Path {
+        if self.ends_with("init.scope") { self.parent().unwrap_or(self) } else { self }
+    }
+}
+
+/// The cgroup of a container, or of a leaf below it.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    unified: bool,
+    /// `(controllers, directory)` of each hierarchy.
+    directories: Vec<(Vec<String>, PathBuf)>,
+    scope: Option<String>,
+}
+
+impl Cgroup {
+    /// The cgroup at a location, which need not exist yet.
+    #[must_use]
+    pub fn at(hierarchies: &Hierarchies, location: &Location) -> Self {
+        let directory = location.directory();
+        Self {
+            unified: hierarchies.unified,
+            directories: hierarchies.list.iter().map(|h| (h.controllers.clone(), h.root.join(&directory))).collect(),
+            scope: match location {
+                Location::Scope { unit, .. } => Some(unit.clone()),
+                Location::Path(_) => None,
+            },
+        }
+    }
+
+    /// Makes the cgroup with `pid` in it, and sets its limits.
+    ///
+    /// # Errors
+    /// systemd or the kernel refuses; the message names which file.
+    pub async fn create(hierarchies: &Hierarchies, location: &Location, pid: i32, resources: Option<&LinuxResources>) -> Result<Self> {
+        let cgroup = Self::at(hierarchies, location);
+        if let Location::Scope { slice, unit } = location {
+            systemd::start_scope(slice, unit, pid, resources, hierarchies.unified).await?;
+        }
+        // A scope has no directory in the hierarchies that systemd does not manage.
+        cgroup.make_directories()?;
+        if let Some(resources) = resources {
+            limits::apply(&cgroup, resources)?;
+        }
+        cgroup.add(pid)?;
+        Ok(cgroup)
+    }
+
+    fn make_directories(&self) -> Result<()> {
+        for (controllers, directory) in &self.directories {
+            if self.unified {
+                enable_controllers(directory)?;
+            }
+            fs::create_dir_all(directory).at("make cgroup", directory)?;
+            if controllers.iter().any(|c| c == "cpuset") {
+                inherit_cpuset(directory)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A cgroup below this one for a leaf: of its own where a leaf must be told apart (freezer, memory, pids), this one's
+    /// elsewhere, which saves the move.
+    ///
+    /// # Errors
+    /// The directories cannot be made.
+    pub fn leaf(&self, name: &str) -> Result<Self> {
+        let mut leaf = self.clone();
+        leaf.scope = None;
+        for (controllers, directory) in &mut leaf.directories {
+            if self.unified || controllers.iter().any(|c| ["freezer", "memory", "pids"].contains(&c.as_str())) {
+                directory.push(name);
+                match fs::create_dir(&*directory) {
+                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                    other => other.at("make cgroup", &*directory)?,
+                }
+            }
+        }
+        Ok(leaf)
+    }
+
+    /// On version 2: a child that holds the container's first process, so that its siblings may have
+    /// controllers ("no internal processes", cgroups(7)). On version 1 the cgroup itself.
+    ///
+    /// # Errors
+    /// The directory cannot be made or the process not be moved.
+    pub fn delegate(&self, pid: i32) -> Result<()> {
+        if !self.unified {
+            return Ok(());
+        }
+        let (_, directory) = &self.directories[0];
+        let holder = directory.join("holder");
+        fs::create_dir_all(&holder).at("make cgroup", &holder)?;
+        write(&holder.join("cgroup.procs"), &pid.to_string())?;
+        for controller in ["+memory", "+pids", "+cpu"] {
+            if let Err(e) = write(&directory.join("cgroup.subtree_control"), controller) {
+                tracing::debug!(controller, error = %e, "controller not delegated to leaves");
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a process here.
+    ///
+    /// # Errors
+    /// The kernel refuses, for instance because the process is gone.
+    pub fn add(&self, pid: i32) -> Result<()> {
+        for (_, directory) in &self.directories {
+            write(&directory.join("cgroup.procs"), &pid.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Descriptors of every `cgroup.procs`, for a process without rights here to move itself with: the kernel
+    /// checks who opened the file (`cgroup_procs_write`, kernel/cgroup/cgroup.c).
+    ///
+    /// # Errors
+    /// A file cannot be opened.
+    pub fn entrances(&self) -> Result<Vec<OwnedFd>> {
+        self.directories
+            .iter()
+            .map(|(_, directory)| {
+                let path = directory.join("cgroup.procs");
+                fs::OpenOptions::new().write(true).open(&path).at("open", &path).map(OwnedFd::from)
+            })
+            .collect()
+    }
+
+    /// Sets limits again (`Update`).
+    ///
+    /// # Errors
+    /// A value that the kernel refuses, with the file's name.
+    pub fn update(&self, resources: &LinuxResources) -> Result<()> {
+        limits::apply(self, resources)
+    }
+
+    /// Every process in here and below.
+    ///
+    /// # Errors
+    /// `cgroup.procs` cannot be read for another reason than that it is gone.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let mut out = Vec::new();
+        if let Some(directory) = self.main() {
+            collect(directory, &mut out)?;
+        }
+        Ok(out)
+    }
+
+    /// Stops every process in here. Returns once the kernel says so, at the latest after 500 ms.
+    ///
+    /// # Errors
+    /// The file cannot be written, or the cgroup does not get there in time.
+    pub fn freeze(&self) -> Result<()> {
+        let Some(directory) = self.freezer() else { return Ok(()) };
+        let (file, value) = if self.unified { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
+        write(&directory.join(file), value)?;
+        let end = Instant::now() + Duration::from_millis(500);
+        loop {
+            let frozen = if self.unified {
+                read(&directory.join("cgroup.events"))?.lines().any(|l| l == "frozen 1")
+            } else {
+                read(&directory.join("freezer.state"))?.trim() == "FROZEN"
+            };
+            if frozen {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(std::io::Error::from_raw_os_error(libc::ETIMEDOUT)).at("freeze", directory);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn thaw(&self) -> Result<()> {
+        let Some(directory) = self.freezer() else { return Ok(()) };
+        let (file, value) = if self.unified { ("cgroup.freeze", "0") } else { ("freezer.state", "THAWED") };
+        write(&directory.join(file), value)
+    }
+
+    /// Sends SIGKILL to everything in here and below. The dead are gone a moment later, not on return.
+    ///
+    /// # Errors
+    /// Processes cannot be listed.
+    pub fn kill(&self) -> Result<()> {
+        let Some(directory) = self.main() else { return Ok(()) };
+        if self.unified && directory.join("cgroup.kill").exists() {
+            return write(&directory.join("cgroup.kill"), "1");
+        }
+        // Without cgroup.kill a fork bomb outruns a single pass; each pass kills all it sees.
+        for _ in 0..20 {
+            let processes = self.processes()?;
+            if processes.is_empty() {
+                break;
+            }
+            for pid in processes {
+                // SAFETY: sends a signal; a number that was reused within microseconds is still read from our cgroup.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+            }
+            // On version 1 a frozen process does not see the signal.
+            self.thaw()?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directories. Not an error if they are gone; `Busy` while a process is left.
+    ///
+    /// # Errors
+    /// A directory cannot be removed.
+    pub fn remove(&self) -> Result<()> {
+        for (controllers, directory) in &self.directories {
+            if self.scope.is_some() && !self.unified && controllers.iter().any(|c| c.starts_with("name=")) {
+                // systemd removes its own directory when the scope has ended.
+                remove_children(directory)?;
+                continue;
+            }
+            remove_tree(directory)?;
+        }
+        Ok(())
+    }
+
+    /// Removes a leaf's directories, and none of the container's.
+    ///
+    /// # Errors
+    /// As [`Cgroup::remove`].
+    pub fn remove_leaf(&self, name: &str) -> Result<()> {
+        for (_, directory) in &self.directories {
+            if directory.file_name().is_some_and(|n| n == name) {
+                remove_tree(directory)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many processes were killed for want of memory so far.
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let Some(directory) = self.controller("memory") else { return 0 };
+        let file = if self.unified { "memory.events" } else { "memory.oom_control" };
+        fs::read_to_string(directory.join(file))
+            .ok()
+            .and_then(|text| text.lines().find_map(|l| l.strip_prefix("oom_kill ").and_then(|n| n.trim().parse().ok())))
+            .unwrap_or(0)
+    }
+
+    /// The directory that says of memory, or on version 2 the only one.
+    #[must_use]
+    pub fn controller(&self, name: &str) -> Option<&Path> {
+        self.directories.iter().find(|(c, _)| self.unified || c.iter().any(|c| c == name)).map(|(_, d)| d.as_path())
+    }
+
+    /// Whether this is version 2.
+    #[must_use]
+    pub fn unified(&self) -> bool {
+        self.unified
+    }
+
+    fn freezer(&self) -> Option<&Path> {
+        self.controller("freezer")
+    }
+
+    /// The hierarchy asked for processes: one in which a leaf has its own directory.
+    fn main(&self) -> Option<&Path> {
+        self.controller("memory").or_else(|| self.directories.first().map(|(_, d)| d.as_path()))
+    }
+}
+
+fn collect(directory: &Path, out: &mut Vec<i32>) -> Result<()> {
+    match fs::read_to_string(directory.join("cgroup.procs")) {
+        Ok(text) => out.extend(text.lines().filter_map(|l| l.parse::<i32>().ok())),
+        Err(e) if gone(&e) => return Ok(()),
+        // A threaded cgroup lists no processes.
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+        Err(e) => return Err(e).at("read", directory),
+    }
+    for child in children(directory) {
+        collect(&child, out)?;
+    }
+    Ok(())
+}
+
+fn children(directory: &Path) -> Vec<PathBuf> {
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+        .map(|e| e.path())
+        .collect()
+}
+
+fn remove_children(directory: &Path) -> Result<()> {
+    children(directory).iter().try_for_each(|c| remove_tree(c))
+}
+
+fn remove_tree(directory: &Path) -> Result<()> {
+    remove_children(directory)?;
+    match fs::remove_dir(directory) {
+        Err(e) if !gone(&e) => Err(e).at("remove cgroup", directory),
+        _ => Ok(()),
+    }
+}
+
+fn gone(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+fn enable_controllers(directory: &Path) -> Result<()> {
+    let mut parents: Vec<&Path> = directory.ancestors().skip(1).take_while(|p| p.join("cgroup.controllers").exists() || !p.exists()).collect();
+    parents.reverse();
+    for parent in parents {
+        if !parent.exists() {
+            fs::create_dir(parent).at("make cgroup", parent)?;
+        }
+        let have = read(&parent.join("cgroup.subtree_control"))?;
+        for controller in read(&parent.join("cgroup.controllers"))?.split_whitespace() {
+            if !have.split_whitespace().any(|c| c == controller) {
+                // A controller that cannot be had (internal processes, threaded) shows when a limit needs it.
+                let _ = write(&parent.join("cgroup.subtree_control"), &format!("+{controller}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A new cpuset of version 1 has no processor and no memory node, and takes no process until it has.
+fn inherit_cpuset(directory: &Path) -> Result<()> {
+    let mut missing: Vec<&Path> = directory
+        .ancestors()
+        .take_while(|d| fs::read_to_string(d.join("cpuset.cpus")).is_ok_and(|t| t.trim().is_empty()))
+        .collect();
+    missing.reverse();
+    for level in missing {
+        let Some(parent) = level.parent() else { continue };
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            write(&level.join(file), read(&parent.join(file))?.trim())?;
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).at("read", path)
+}
+
+fn write(path: &Path, value: &str) -> Result<()> {
+    fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|mut f| f.write_all(value.as_bytes()))
+        .step("write", format!("{value:?} to {}", path.display()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_scope_lies_below_the_slices_that_its_name_spells() {
+        let l = Location::parse("kubelet-kubepods-pod1.slice:cri-containerd:abc").unwrap();
+        assert_eq!(l.directory(), Path::new("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod1.slice/cri-containerd-abc.scope"));
+    }
+
+    #[test]
+    fn a_kind_node_sees_its_own_part_of_each_hierarchy() {
+        let mounts = "50 49 0:30 /docker/x /sys/fs/cgroup/memory rw - cgroup memory rw,memory\n\
+                      51 49 0:31 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup c rw,cpu,cpuacct\n\
+                      52 49 0:32 /docker/x /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let init = "3:memory:/docker/x\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x/init.scope\n";
+        let h = Hierarchies::from_text(mounts, init).unwrap();
+        assert!(!h.unified());
+        let c = Cgroup::at(&h, &Location::parse("/kubepods/a").unwrap());
+        assert_eq!(c.controller("memory").unwrap(), Path::new("/sys/fs/cgroup/memory/kubepods/a"));
+        assert_eq!(c.controller("cpuacct").unwrap(), Path::new("/sys/fs/cgroup/cpu,cpuacct/kubepods/a"));
+    }
+
+    #[test]
+    fn a_production_machine_has_one_hierarchy() {
+        let mounts = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
+        let h = Hierarchies::from_text(mounts, "0::/init.scope\n").unwrap();
+        assert!(h.unified());
+        let c = Cgroup::at(&h, &Location::parse("system.slice:cri:1").unwrap());
+        assert_eq!(c.controller("memory").unwrap(), Path::new("/sys/fs/cgroup/system.slice/cri-1.scope"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_path_leaves_the_hierarchy(text in "[a-z./:-]{0,30}") {
+            if let Ok(l) = Location::parse(&text) {
+                prop_assert!(l.directory().components().all(|c| matches!(c, std::path::Component::Normal(_))));
+            }
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! Starting the first process of a container, and further ones inside it.
+//!
+//! ```text
+//! caller                         child
+//!   clone3 ───────────────────▶  waits
+//!   cgroup, user mapping
+//!   proceed() ────────────────▶  joins namespaces, builds the root
+//!            ◀──────────────── Created (with the terminal, if any)
+//!   start()  ────────────────▶  limits, user, capabilities, seccomp, execve
+//!            ◀──────────────── end of channel: the program runs; or Failed
+//! ```
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+use crate::error::Step;
+use crate::holder::HolderKind;
+use crate::init;
+use crate::namespace::{self, Wanted};
+use crate::root::Root;
+use crate::{Error, Result};
+
+/// What the first process runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Program {
+    /// `process.args` of the specification.
+    Specified,
+    /// The holder: the container is there, with nothing running in it.
+    Holder(HolderKind),
+}
+
+/// Descriptors 0, 1 and 2 of a process. `None` is `/dev/null`.
+#[derive(Debug, Default)]
+pub struct Stdio {
+    /// Descriptor 0.
+    pub stdin: Option<OwnedFd>,
+    /// Descriptor 1.
+    pub stdout: Option<OwnedFd>,
+    /// Descriptor 2.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// One user and one group of a new user namespace, the same inside and outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserMapping {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// The first process of a container.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    /// What to make.
+    pub spec: &'a Spec,
+    /// Root file system.
+    pub root: Root,
+    /// What to run.
+    pub program: Program,
+    /// Ignored when the specification wants a terminal.
+    pub stdio: Stdio,
+    /// Further descriptors: the number each gets in the program.
+    pub extra: Vec<(RawFd, OwnedFd)>,
+    /// Mapping of a user namespace that is to be made.
+    pub mapping: Option<UserMapping>,
+    /// On cgroup version 1: the container's directories, to be shown at the specification's cgroup mount.
+    pub cgroups: Vec<(String, PathBuf)>,
+}
+
+/// A further process of a container.
+#[derive(Debug)]
+pub struct ExecPlan<'a> {
+    /// Any process of the container.
+    pub target: i32,
+    /// What to run.
+    pub process: &'a Process,
+    /// The container's profile, if its processes have one.
+    pub seccomp: Option<&'a LinuxSeccomp>,
+    /// Ignored with a terminal.
+    pub stdio: Stdio,
+    /// Further descriptors.
+    pub extra: Vec<(RawFd, OwnedFd)>,
+    /// `cgroup.procs` files to move into ([`crate::cgroup::Cgroup::entrances`]).
+    pub entrances: Vec<OwnedFd>,
+}
+
+/// News from a child.
+#[derive(Debug)]
+pub enum Progress {
+    /// Everything is made. The descriptor is the master side of the terminal, if one is wanted.
+    Created(Option<OwnedFd>),
+    /// The program runs.
+    Started,
+    /// It did not get there, and is gone.
+    Failed(Error),
+}
+
+/// A child on its way to its program. Dropping it before [`Launched::start`] ends the child.
+#[derive(Debug)]
+pub struct Launched {
+    /// Its process number here.
+    pub pid: i32,
+    /// For waiting and for signals without the risk of a reused number.
+    pub pidfd: OwnedFd,
+    channel: OwnedFd,
+}
+
+impl Launched {
+    /// Lets it build its namespaces and root.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn proceed(&self) -> Result<()> {
+        self.tell(b"go")
+    }
+
+    /// Lets it run its program.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn start(&self) -> Result<()> {
+        self.tell(b"start")
+    }
+
+    fn tell(&self, word: &[u8]) -> Result<()> {
+        rustix::net::send(&self.channel, word, SendFlags::NOSIGNAL).step("tell child", self.pid).map(drop)
+    }
+
+    /// Becomes readable when [`Launched::progress`] has news.
+    #[must_use]
+    pub fn channel(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+
+    /// Waits for news. With a non-blocking channel the error is `EAGAIN` while there is none.
+    ///
+    /// # Errors
+    /// The channel broke.
+    pub fn progress(&self) -> Result<Progress> {
+        let mut bytes = [0u8; 8192];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got = recvmsg(&self.channel, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT).step("hear child", self.pid)?;
+        let fd = control.drain().find_map(|m| match m {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let text = String::from_utf8_lossy(&bytes[..got.bytes]);
+        Ok(match &*text {
+            "" => Progress::Started,
+            "created" => Progress::Created(fd),
+            other => Progress::Failed(Error::Child(other.to_string())),
+        })
+    }
+
+    /// [`Launched::progress`], waiting with poll(2).
+    ///
+    /// # Errors
+    /// The channel broke.
+    pub fn wait_progress(&self) -> Result<Progress> {
+        loop {
+            let mut fds = [rustix::event::PollFd::new(&self.channel, rustix::event::PollFlags::IN)];
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) => return self.progress(),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e).step("wait for child", self.pid),
+            }
+        }
+    }
+}
+
+/// The child's end.
+pub(crate) struct Caller(OwnedFd);
+
+impl Caller {
+    pub(crate) fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+    pub(crate) fn created(&self, terminal: Option<BorrowedFd<'_>>) -> Result<()> {
+        let fds: Vec<BorrowedFd<'_>> = terminal.into_iter().collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        sendmsg(&self.0, &[IoSlice::new(b"created")], &mut control, SendFlags::NOSIGNAL).step("tell", "caller").map(drop)
+    }
+    pub(crate) fn failed(&self, error: &Error) {
+        let mut text = error.to_string();
+        text.truncate(8000);
+        let _ = rustix::net::send(&self.0, text.as_bytes(), SendFlags::NOSIGNAL);
+    }
+    /// Waits for the next word. A caller that is gone is an order to end.
+    pub(crate) fn hear(&self) {
+        let mut word = [0u8; 16];
+        loop {
+            match rustix::net::recv(&self.0, &mut word[..], RecvFlags::empty()) {
+                Ok((_, n)) if n > 0 => return,
+                Err(Errno::INTR) => {}
+                _ => init::leave(1),
+            }
+        }
+    }
+}
+
+/// `struct clone_args` of linux/sched.h.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+enum Side {
+    Parent(i32),
+    Child,
+}
+
+/// fork(2) with namespaces.
+fn clone(namespaces: libc::c_int, sibling: bool) -> Result<Side> {
+    let mut args = CloneArgs { flags: u64::from(namespaces.unsigned_abs()), ..CloneArgs::default() };
+    if sibling {
+        args.flags |= u64::from(libc::CLONE_PARENT.unsigned_abs());
+    } else {
+        args.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    }
+    // SAFETY: a fork: no shared memory, no new stack. The child goes on with a copy of this one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<CloneArgs>()) };
+    match pid {
+        0 => Ok(Side::Child),
+        p if p > 0 => Ok(Side::Parent(i32::try_from(p).unwrap_or(i32::MAX))),
+        _ => Err(std::io::Error::last_os_error()).step("clone", format!("{namespaces:#x}")),
+    }
+}
+
+fn pidfd(pid: i32) -> Result<OwnedFd> {
+    // SAFETY: plain numbers; the result is a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error()).step("open process", pid);
+    }
+    // SAFETY: just made, owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1)) })
+}
+
+/// Forks a child that runs `work` and never returns. With `pid_namespace` it is put into that one, by way of a
+/// middle process: joining affects only children (pid_namespaces(7)).
+fn fork_child(namespaces: libc::c_int, pid_namespace: Option<OwnedFd>, work: impl FnOnce(&Caller) -> Result<std::convert::Infallible>) -> Result<Launched> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).step("make", "channel")?;
+    let caller = Caller(theirs);
+    let run = |caller: Caller| -> ! {
+        match work(&caller) {
+            Ok(never) => match never {},
+            Err(e) => caller.failed(&e),
+        }
+        init::leave(1)
+    };
+    let Some(pid_namespace) = pid_namespace else {
+        return match clone(namespaces, false)? {
+            Side::Child => run(caller),
+            Side::Parent(pid) => Ok(Launched { pid, pidfd: pidfd(pid)?, channel: ours }),
+        };
+    };
+    let (pid_reader, pid_writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("make", "pipe")?;
+    match clone(0, false)? {
+        Side::Child => {
+            let middle = || -> Result<i32> {
+                namespace::join(&pid_namespace, Type::Pid)?;
+                match clone(namespaces, true)? {
+                    Side::Child => Ok(0),
+                    Side::Parent(pid) => Ok(pid),
+                }
+            };
+            match middle() {
+                Ok(0) => run(caller),
+                Ok(pid) => {
+                    let _ = rustix::io::write(&pid_writer, &pid.to_ne_bytes());
+                    init::leave(0)
+                }
+                Err(e) => {
+                    caller.failed(&e);
+                    init::leave(1)
+                }
+            }
+        }
+        Side::Parent(middle) => {
+            drop(pid_writer);
+            drop(caller);
+            let mut bytes = [0u8; 4];
+            let got = rustix::io::retry_on_intr(|| rustix::io::read(&pid_reader, &mut bytes)).step("hear", "middle process");
+            // SAFETY: reaps the middle process, which ends at once.
+            unsafe { libc::waitpid(middle, std::ptr::null_mut(), 0) };
+            if got? != 4 {
+                let gone = Launched { pid: middle, pidfd: ours.try_clone().step("duplicate", "channel")?, channel: ours };
+                return Err(match gone.progress() {
+                    Ok(Progress::Failed(e)) => e,
+                    _ => Error::Child("the middle process ended early".into()),
+                });
+            }
+            let pid = i32::from_ne_bytes(bytes);
+            Ok(Launched { pid, pidfd: pidfd(pid)?, channel: ours })
+        }
+    }
+}
+
+/// Forks the first process of a container; it waits for [`Launched::proceed`].
+///
+/// Must be called by a process with one thread: the child allocates.
+///
+/// # Errors
+/// The specification is wrong, or a namespace cannot be made or joined.
+pub fn launch(plan: Plan<'_>) -> Result<Launched> {
+    let namespaces = plan.spec.linux().as_ref().and_then(|l| l.namespaces().as_ref()).cloned().unwrap_or_default();
+    let wanted = Wanted::of(&namespaces);
+    let prepared = init::Prepared::new(plan.spec, &plan.program)?;
+    let pid_namespace = wanted.joins(Type::Pid).map(namespace::open).transpose()?;
+    // A cgroup namespace is made once the process is in its cgroup, which becomes the root of it.
+    let now = wanted.create & !libc::CLONE_NEWCGROUP;
+    let mapping = plan.mapping;
+    if wanted.creates(Type::User) && mapping.is_none() {
+        return Err(Error::spec("linux.namespaces", "a new user namespace needs a mapping of one user"));
+    }
+    let launched = fork_child(now, pid_namespace, move |caller| init::first(plan, wanted, prepared, caller))?;
+    if let Some(mapping) = mapping {
+        map_user(launched.pid, mapping)?;
+    }
+    Ok(launched)
+}
+
+/// Forks a further process of a container.
+///
+/// # Errors
+/// The container is gone.
+pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
+    let prepared = init::Prepared::for_process(plan.process, plan.seccomp)?;
+    let pid_namespace = namespace::of_process(plan.target, "pid")?;
+    fork_child(0, Some(pid_namespace), move |caller| init::further(plan, prepared, caller))
+}
+
+fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
+    for (file, id) in [("gid_map", mapping.gid), ("uid_map", mapping.uid)] {
+        let path = format!("/proc/{pid}/{file}");
+        std::fs::write(&path, format!("{id} {id} 1\n")).step("write", path)?;
+    }
+    Ok(())
+}
+
+/// Sets how readily the kernel kills a process for want of memory. Lowering needs `CAP_SYS_RESOURCE`; without it the value stays.
+///
+/// # Errors
+/// The process is gone.
+pub fn set_oom_score(pid: i32, score: i32) -> Result<()> {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    match std::fs::write(&path, score.to_string()) {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => Ok(()),
+        other => other.step("write", path),
+    }
+}

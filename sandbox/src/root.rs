@@ -1,0 +1,547 @@
+//! A container's root file system, built in a mount namespace of its own.
+//!
+//! Sources are opened and destinations resolved by descriptor inside the new root (`openat2(2)` with `RESOLVE_IN_ROOT`),
+//! so a symbolic link of the image can never lead a mount out of it. Mount flags are set by `mount_setattr(2)` on the
+//! clone before it is attached: there is no moment at which a read-only bind is writable.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, symlinkat};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+
+use crate::error::Step;
+use crate::{Error, Result};
+
+/// What the root is mounted from.
+#[derive(Debug, Clone)]
+pub enum Root {
+    /// An empty read-only directory: all that a holder needs.
+    Empty,
+    /// These mounts, on this directory, in this order. Without mounts the directory itself.
+    Mounts {
+        /// Usually the bundle's `rootfs`.
+        target: PathBuf,
+        /// From the snapshotter.
+        mounts: Vec<RootMount>,
+    },
+}
+
+/// One of the snapshotter's mounts.
+#[derive(Debug, Clone)]
+pub struct RootMount {
+    /// `overlay`, `bind`, ...
+    pub kind: String,
+    /// Device or path.
+    pub source: String,
+    /// As in mount(8).
+    pub options: Vec<String>,
+}
+
+const MOUNT_ATTR_RDONLY: u64 = 0x1;
+const MOUNT_ATTR_NOSUID: u64 = 0x2;
+const MOUNT_ATTR_NODEV: u64 = 0x4;
+const MOUNT_ATTR_NOEXEC: u64 = 0x8;
+const MOUNT_ATTR_ATIME: u64 = 0x70;
+const MOUNT_ATTR_RELATIME: u64 = 0x0;
+const MOUNT_ATTR_NOATIME: u64 = 0x10;
+const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
+const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
+const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
+
+/// `struct mount_attr` of linux/mount.h.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct MountAttr {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+impl MountAttr {
+    fn is_noop(self) -> bool {
+        self == Self::default()
+    }
+    fn add(&mut self, bit: u64) {
+        self.set |= bit;
+        self.clear &= !bit;
+    }
+    fn remove(&mut self, bit: u64) {
+        self.clear |= bit;
+        self.set &= !bit;
+    }
+    fn atime(&mut self, bit: u64) {
+        self.clear |= MOUNT_ATTR_ATIME;
+        self.set = (self.set & !MOUNT_ATTR_ATIME) | bit;
+    }
+}
+
+/// Options of a mount, sorted out.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Options {
+    bind: bool,
+    recursive_bind: bool,
+    attr: MountAttr,
+    recursive_attr: MountAttr,
+    /// `(MS_SHARED and the like, recursive)`
+    propagation: Option<(libc::c_ulong, bool)>,
+    /// Flags of mount(2) that belong to the file system (`sync`, `mand`, ...).
+    super_flags: libc::c_ulong,
+    /// What is left for the file system itself.
+    data: Vec<String>,
+    /// `tmpcopyup`: fill a tmpfs with what it covers.
+    copy_up: bool,
+}
+
+fn options(list: &[String]) -> Options {
+    let mut out = Options::default();
+    for option in list {
+        match option.as_str() {
+            // What mount(2) does anyway.
+            "defaults" | "" | "async" | "atime" | "diratime" | "symfollow" => {}
+            "bind" => out.bind = true,
+            "rbind" => (out.bind, out.recursive_bind) = (true, true),
+            "ro" => out.attr.add(MOUNT_ATTR_RDONLY),
+            "rw" => out.attr.remove(MOUNT_ATTR_RDONLY),
+            "nosuid" => out.attr.add(MOUNT_ATTR_NOSUID),
+            "suid" => out.attr.remove(MOUNT_ATTR_NOSUID),
+            "nodev" => out.attr.add(MOUNT_ATTR_NODEV),
+            "dev" => out.attr.remove(MOUNT_ATTR_NODEV),
+            "noexec" => out.attr.add(MOUNT_ATTR_NOEXEC),
+            "exec" => out.attr.remove(MOUNT_ATTR_NOEXEC),
+            "relatime" => out.attr.atime(MOUNT_ATTR_RELATIME),
+            "noatime" => out.attr.atime(MOUNT_ATTR_NOATIME),
+            "strictatime" => out.attr.atime(MOUNT_ATTR_STRICTATIME),
+            "nodiratime" => out.attr.add(MOUNT_ATTR_NODIRATIME),
+            "nosymfollow" => out.attr.add(MOUNT_ATTR_NOSYMFOLLOW),
+            "rro" => out.recursive_attr.add(MOUNT_ATTR_RDONLY),
+            "rnosuid" => out.recursive_attr.add(MOUNT_ATTR_NOSUID),
+            "rnodev" => out.recursive_attr.add(MOUNT_ATTR_NODEV),
+            "rnoexec" => out.recursive_attr.add(MOUNT_ATTR_NOEXEC),
+            "private" => out.propagation = Some((libc::MS_PRIVATE, false)),
+            "rprivate" => out.propagation = Some((libc::MS_PRIVATE, true)),
+            "slave" => out.propagation = Some((libc::MS_SLAVE, false)),
+            "rslave" => out.propagation = Some((libc::MS_SLAVE, true)),
+            "shared" => out.propagation = Some((libc::MS_SHARED, false)),
+            "rshared" => out.propagation = Some((libc::MS_SHARED, true)),
+            "unbindable" => out.propagation = Some((libc::MS_UNBINDABLE, false)),
+            "runbindable" => out.propagation = Some((libc::MS_UNBINDABLE, true)),
+            "sync" => out.super_flags |= libc::MS_SYNCHRONOUS,
+            "dirsync" => out.super_flags |= libc::MS_DIRSYNC,
+            "mand" => out.super_flags |= libc::MS_MANDLOCK,
+            "silent" => out.super_flags |= libc::MS_SILENT,
+            "tmpcopyup" => out.copy_up = true,
+            // A user namespace's identity mapping of mounts is the caller's affair.
+            "idmap" | "ridmap" => {}
+            other => out.data.push(other.to_string()),
+        }
+    }
+    out
+}
+
+fn set_attributes(tree: impl AsFd, attr: MountAttr, recursive: bool, what: &Path) -> Result<()> {
+    if attr.is_noop() {
+        return Ok(());
+    }
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: an empty C string, and a whole mount_attr whose size is given.
+    let result = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, tree.as_fd().as_raw_fd(), c"".as_ptr(), flags, &raw const attr, size_of::<MountAttr>())
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("set mount attributes of", what) }
+}
+
+fn c(path: &Path) -> Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| Error::spec("mounts", format!("{} has a zero byte", path.display())))
+}
+
+/// mount(2) on an open directory or file.
+fn mount_on(target: &OwnedFd, kind: &str, source: &str, flags: libc::c_ulong, data: &[String], what: &Path) -> Result<()> {
+    let target = CString::new(format!("/proc/self/fd/{}", target.as_raw_fd())).unwrap_or_default();
+    let text = |s: &str| CString::new(s).map_err(|_| Error::spec("mounts", format!("{s:?} has a zero byte")));
+    let (kind_c, source, data) = (text(kind)?, text(source)?, text(&data.join(","))?);
+    // SAFETY: C strings that outlive the call.
+    let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind_c.as_ptr(), flags, data.as_ptr().cast()) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).step("mount", format!("{kind} on {}", what.display())) }
+}
+
+/// mount(2) that changes a mount.
+fn remount(path: &Path, flags: libc::c_ulong) -> Result<()> {
+    let path_c = c(path)?;
+    // SAFETY: a C string that outlives the call.
+    let result = unsafe { libc::mount(std::ptr::null(), path_c.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("change propagation of", path) }
+}
+
+/// A root under construction.
+struct Builder {
+    root: OwnedFd,
+}
+
+impl Builder {
+    /// Opens a path inside the root, following links inside it only.
+    fn open(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        let relative = path.strip_prefix("/").unwrap_or(path);
+        let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
+        openat2(&self.root, relative, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+    }
+
+    /// Opens the place of a mount, making directories, and an empty file for the mount of a file.
+    fn destination(&self, path: &Path, directory: bool) -> Result<OwnedFd> {
+        match self.open(path, OFlags::PATH) {
+            Ok(fd) => return Ok(fd),
+            Err(rustix::io::Errno::NOENT) => {}
+            Err(e) => return Err(e).at("open mount point", path),
+        }
+        let mut so_far = PathBuf::from("/");
+        let mut parent = self.open(&so_far, OFlags::PATH).at("open", "/")?;
+        let parts: Vec<Component<'_>> = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+        for (i, part) in parts.iter().enumerate() {
+            so_far.push(part);
+            parent = match self.open(&so_far, OFlags::PATH) {
+                Ok(fd) => fd,
+                Err(rustix::io::Errno::NOENT) => {
+                    if i + 1 == parts.len() && !directory {
+                        openat(&parent, part.as_os_str(), OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::from_raw_mode(0o644)).at("make mount point", &so_far)?;
+                    } else {
+                        mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)).at("make mount point", &so_far)?;
+                    }
+                    self.open(&so_far, OFlags::PATH).at("open mount point", &so_far)?
+                }
+                Err(e) => return Err(e).at("open mount point", &so_far),
+            };
+        }
+        Ok(parent)
+    }
+
+    fn mount(&self, mount: &Mount, cgroups: &[(String, PathBuf)]) -> Result<()> {
+        let kind = mount.typ().as_deref().unwrap_or("none");
+        let list = mount.options().clone().unwrap_or_default();
+        let mut options = options(&list);
+        let destination = mount.destination();
+        let source = mount.source().clone().unwrap_or_else(|| PathBuf::from(kind));
+        if options.bind || kind == "bind" {
+            return self.bind(&source, destination, &options);
+        }
+        if kind == "cgroup" && !cgroups.is_empty() {
+            return self.cgroups(destination, cgroups, &options);
+        }
+        let kind = if kind == "cgroup" { "cgroup2" } else { kind };
+        let target = self.destination(destination, true)?;
+        if kind == "cgroup2" {
+            options.data.clear();
+        }
+        if kind == "mqueue" {
+            // Takes no data (mq_overview(7)).
+            options.data.clear();
+        }
+        let saved = if options.copy_up { Some(self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY).at("open", destination)?) } else { None };
+        let flags = options.super_flags | mount_flags(options.attr);
+        mount_on(&target, kind, &source.to_string_lossy(), flags, &options.data, destination)?;
+        if let Some(saved) = saved {
+            let fresh = self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY).at("open", destination)?;
+            copy_directory(&saved, &fresh).at("copy into tmpfs", destination)?;
+        }
+        if let Some((propagation, recursive)) = options.propagation {
+            let fd = self.open(destination, OFlags::PATH).at("open", destination)?;
+            propagate(&fd, propagation, recursive, destination)?;
+        }
+        Ok(())
+    }
+
+    fn bind(&self, source: &Path, destination: &Path, options: &Options) -> Result<()> {
+        let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        if options.recursive_bind {
+            flags |= OpenTreeFlags::AT_RECURSIVE;
+        }
+        let tree = open_tree(CWD, source, flags).at("open mount source", source)?;
+        let directory = rustix::fs::fstat(&tree).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        set_attributes(&tree, options.attr, false, destination)?;
+        set_attributes(&tree, options.recursive_attr, true, destination)?;
+        if let Some((propagation, recursive)) = options.propagation {
+            propagate(&tree, propagation, recursive, destination)?;
+        }
+        self.attach(&tree, destination, directory)
+    }
+
+    fn attach(&self, tree: &OwnedFd, destination: &Path, directory: bool) -> Result<()> {
+        let target = self.destination(destination, directory)?;
+        move_mount(tree, "", &target, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH)
+            .at("attach mount", destination)
+    }
+
+    /// Version 1 in a container: a directory of binds of the container's own cgroups.
+    fn cgroups(&self, destination: &Path, cgroups: &[(String, PathBuf)], given: &Options) -> Result<()> {
+        let target = self.destination(destination, true)?;
+        mount_on(&target, "tmpfs", "tmpfs", libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["mode=755".into()], destination)?;
+        for (name, source) in cgroups {
+            let own = options(&["rbind".into()]);
+            self.bind(source, &destination.join(name), &Options { attr: given.attr, ..own })?;
+            for alias in name.split(',').filter(|a| a != name) {
+                let directory = self.open(destination, OFlags::PATH).at("open", destination)?;
+                symlinkat(name.as_str(), &directory, alias).at("link", destination.join(alias))?;
+            }
+        }
+        let top = self.open(destination, OFlags::PATH).at("open", destination)?;
+        set_attributes(&top, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, false, destination)
+    }
+
+    fn device(&self, device: &LinuxDevice) -> Result<()> {
+        let path = device.path();
+        let kind = match device.typ() {
+            LinuxDeviceType::B => libc::S_IFBLK,
+            LinuxDeviceType::C | LinuxDeviceType::U => libc::S_IFCHR,
+            LinuxDeviceType::P => libc::S_IFIFO,
+            LinuxDeviceType::A => return Err(Error::spec("linux.devices.type", format!("{}: 'a' is no device type, use c, b or p", path.display()))),
+        };
+        let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
+        let number = rustix::fs::makedev(u32::try_from(device.major()).unwrap_or(0), u32::try_from(device.minor()).unwrap_or(0));
+        self.node(path, kind | mode, number)?;
+        let fd = self.open(path, OFlags::PATH).at("open", path)?;
+        let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
+        // SAFETY: an open descriptor and an empty C string.
+        let result = unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("set owner of", path) }
+    }
+
+    fn node(&self, path: &Path, mode: u32, number: u64) -> Result<()> {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(Error::spec("linux.devices.path", format!("{} is not below a directory", path.display())));
+        };
+        let parent = self.destination(parent, true)?;
+        let name = c(Path::new(name))?;
+        // SAFETY: an open directory and a C string.
+        let result = unsafe { libc::mknodat(parent.as_raw_fd(), name.as_ptr(), mode, number) };
+        if result != 0 {
+            let error = std::io::Error::last_os_error();
+            if error.raw_os_error() == Some(libc::EEXIST) {
+                return Ok(());
+            }
+            return Err(error).at("make device", path);
+        }
+        // The process's umask took bits away.
+        // SAFETY: as above.
+        unsafe { libc::fchmodat(parent.as_raw_fd(), name.as_ptr(), mode & 0o7777, 0) };
+        Ok(())
+    }
+
+    fn devices(&self, list: &[LinuxDevice]) -> Result<()> {
+        for (name, major, minor) in [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)] {
+            self.node(&Path::new("/dev").join(name), libc::S_IFCHR | 0o666, rustix::fs::makedev(major, minor))?;
+        }
+        for device in list {
+            self.device(device)?;
+        }
+        let dev = self.destination(Path::new("/dev"), true)?;
+        for (target, name) in [("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"), ("/proc/kcore", "core"), ("pts/ptmx", "ptmx")] {
+            match symlinkat(target, &dev, name) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(e) => return Err(e).at("link", Path::new("/dev").join(name)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Hides a path: an empty read-only directory over a directory, `/dev/null` over a file.
+    fn mask(&self, path: &Path) -> Result<()> {
+        let fd = match self.open(path, OFlags::PATH) {
+            Ok(fd) => fd,
+            Err(_) => return Ok(()),
+        };
+        let directory = rustix::fs::fstat(&fd).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        if directory {
+            mount_on(&fd, "tmpfs", "tmpfs", libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["size=0k".into(), "nr_inodes=1".into()], path)
+        } else {
+            let null = open_tree(CWD, "/dev/null", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).at("open", "/dev/null")?;
+            move_mount(&null, "", &fd, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH).at("hide", path)
+        }
+    }
+
+    fn make_readonly(&self, path: &Path) -> Result<()> {
+        let fd = match self.open(path, OFlags::PATH) {
+            Ok(fd) => fd,
+            Err(_) => return Ok(()),
+        };
+        let tree = open_tree(&fd, "", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::AT_RECURSIVE).at("open", path)?;
+        set_attributes(&tree, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, true, path)?;
+        move_mount(&tree, "", &fd, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH).at("make read-only", path)
+    }
+}
+
+fn mount_flags(attr: MountAttr) -> libc::c_ulong {
+    let mut flags = 0;
+    for (bit, flag) in [
+        (MOUNT_ATTR_RDONLY, libc::MS_RDONLY),
+        (MOUNT_ATTR_NOSUID, libc::MS_NOSUID),
+        (MOUNT_ATTR_NODEV, libc::MS_NODEV),
+        (MOUNT_ATTR_NOEXEC, libc::MS_NOEXEC),
+        (MOUNT_ATTR_NOATIME, libc::MS_NOATIME),
+        (MOUNT_ATTR_STRICTATIME, libc::MS_STRICTATIME),
+        (MOUNT_ATTR_NODIRATIME, libc::MS_NODIRATIME),
+    ] {
+        if attr.set & bit != 0 {
+            flags |= flag;
+        }
+    }
+    flags
+}
+
+fn propagate(tree: impl AsFd, kind: libc::c_ulong, recursive: bool, what: &Path) -> Result<()> {
+    set_attributes(tree, MountAttr { propagation: kind, ..MountAttr::default() }, recursive, what)
+}
+
+fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
+    let path = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            let (source, target, kind) = (entry.path(), to.join(entry.file_name()), entry.file_type()?);
+            if kind.is_dir() {
+                fs::create_dir(&target)?;
+                copy(&source, &target)?;
+                fs::set_permissions(&target, entry.metadata()?.permissions())?;
+            } else if kind.is_symlink() {
+                std::os::unix::fs::symlink(fs::read_link(&source)?, &target)?;
+            } else if kind.is_file() {
+                fs::copy(&source, &target)?;
+            }
+            let meta = entry.metadata()?;
+            std::os::unix::fs::lchown(&target, Some(std::os::unix::fs::MetadataExt::uid(&meta)), Some(std::os::unix::fs::MetadataExt::gid(&meta)))?;
+        }
+        Ok(())
+    }
+    copy(&path(from), &path(to))
+}
+
+/// Builds the root in the calling process's own mount namespace and makes it the root directory.
+/// `cgroups` are the container's directories by hierarchy name on version 1, empty on version 2.
+pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> Result<()> {
+    let linux = spec.linux().as_ref();
+    let wanted = linux.and_then(|l| l.rootfs_propagation().as_deref());
+    // Mounts made here must not reach the host; the host's are to reach in unless asked otherwise.
+    let propagation = match wanted {
+        Some("shared" | "rshared") => libc::MS_SHARED | libc::MS_REC,
+        Some("private" | "rprivate") => libc::MS_PRIVATE | libc::MS_REC,
+        _ => libc::MS_SLAVE | libc::MS_REC,
+    };
+    remount(Path::new("/"), propagation)?;
+    let (target, mounts) = match root {
+        Root::Empty => {
+            let at = Path::new("/tmp");
+            let at = if at.is_dir() { at } else { Path::new("/proc") };
+            let fd = rustix::fs::open(at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", at)?;
+            mount_on(&fd, "tmpfs", "tmpfs", libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["size=0k".into(), "nr_inodes=2".into(), "mode=555".into()], at)?;
+            return pivot(at);
+        }
+        Root::Mounts { target, mounts } => (target.clone(), mounts),
+    };
+    if mounts.is_empty() {
+        let tree = open_tree(CWD, &target, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE).at("open root", &target)?;
+        attach_root(&tree, &target)?;
+    }
+    for mount in mounts {
+        let options = options(&mount.options);
+        if mount.kind == "bind" || options.bind {
+            let tree = open_tree(CWD, mount.source.as_str(), OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE).at("open root", &mount.source)?;
+            set_attributes(&tree, options.attr, false, &target)?;
+            attach_root(&tree, &target)?;
+        } else {
+            let fd = rustix::fs::open(&target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", &target)?;
+            mount_on(&fd, &mount.kind, &mount.source, options.super_flags | mount_flags(options.attr), &options.data, &target)?;
+        }
+    }
+    let builder = Builder { root: rustix::fs::open(&target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).at("open root", &target)? };
+    // pivot_root(2) wants a parent that is not shared.
+    propagate(&builder.root, libc::MS_PRIVATE, false, &target)?;
+    for mount in spec.mounts().iter().flatten() {
+        builder.mount(mount, cgroups)?;
+    }
+    if spec.mounts().iter().flatten().any(|m| m.destination() == Path::new("/dev") && m.typ().as_deref() == Some("tmpfs")) {
+        builder.devices(linux.and_then(|l| l.devices().as_deref()).unwrap_or_default())?;
+    }
+    for path in linux.and_then(|l| l.readonly_paths().as_ref()).into_iter().flatten() {
+        builder.make_readonly(Path::new(path))?;
+    }
+    for path in linux.and_then(|l| l.masked_paths().as_ref()).into_iter().flatten() {
+        builder.mask(Path::new(path))?;
+    }
+    if let Some(cwd) = spec.process().as_ref().map(oci_spec::runtime::Process::cwd) {
+        // A working directory that the image lacks is made, as containerd's own runtime does.
+        if builder.open(cwd, OFlags::PATH).is_err() {
+            builder.destination(cwd, true)?;
+        }
+    }
+    let readonly = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
+    if readonly {
+        set_attributes(&builder.root, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, false, &target)?;
+    }
+    drop(builder);
+    pivot(&target)?;
+    if let Some(flags) = match wanted {
+        Some("shared" | "rshared") => Some(libc::MS_SHARED | libc::MS_REC),
+        Some("slave" | "rslave") => Some(libc::MS_SLAVE | libc::MS_REC),
+        _ => None,
+    } {
+        remount(Path::new("/"), flags)?;
+    }
+    Ok(())
+}
+
+fn attach_root(tree: &OwnedFd, target: &Path) -> Result<()> {
+    move_mount(tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).at("attach root", target)
+}
+
+/// Makes `target` the root and lets the old one go (pivot_root(2), "pivot_root(".", ".")").
+fn pivot(target: &Path) -> Result<()> {
+    rustix::process::chdir(target).at("enter", target)?;
+    rustix::process::pivot_root(".", ".").at("pivot to", target)?;
+    // The old root lies over the new one now; it must not carry its unmounts to the host.
+    remount(Path::new("."), libc::MS_SLAVE | libc::MS_REC)?;
+    rustix::mount::unmount(".", rustix::mount::UnmountFlags::DETACH).at("detach", "old root")?;
+    rustix::process::chdir("/").at("enter", "/")
+}
+
+/// Whether a path exists as this process sees it, for callers that edit a specification.
+#[must_use]
+pub fn exists(path: &Path) -> bool {
+    rustix::fs::statat(CWD, path, AtFlags::empty()).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn opts(list: &[&str]) -> Options {
+        options(&list.iter().map(|s| (*s).to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn options_are_sorted_into_flags_propagation_and_data() {
+        let o = opts(&["rbind", "rprivate", "ro", "nosuid", "size=64k", "relatime"]);
+        assert!(o.bind && o.recursive_bind);
+        assert_eq!(o.propagation, Some((libc::MS_PRIVATE, true)));
+        assert_eq!(o.attr.set, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID);
+        assert_eq!(o.attr.clear, MOUNT_ATTR_ATIME);
+        assert_eq!(o.data, ["size=64k"]);
+    }
+
+    #[test]
+    fn the_last_of_contradicting_options_counts() {
+        assert_eq!(opts(&["ro", "rw"]).attr.set, 0);
+        assert_eq!(opts(&["rw", "ro"]).attr, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() });
+    }
+
+    proptest! {
+        #[test]
+        fn any_options_can_be_sorted(list in prop::collection::vec("[a-z=0-9]{0,12}", 0..8)) {
+            let o = options(&list);
+            prop_assert_eq!(o.attr.set & o.attr.clear & !MOUNT_ATTR_ATIME, 0);
+        }
+    }
+}
