@@ -11,6 +11,7 @@ mod message;
 mod wire;
 
 pub use message::{
-    FdRole, FromLeaf, FromZygote, LeafSetup, ModuleImport, Phase, Rlimit, ToLeaf, ToZygote, ZygoteSetup,
+    Attached, FdRole, FromLeaf, FromZygote, LeafSetup, ModuleImport, Phase, Rlimit, ToLeaf,
+    ToZygote, ZygoteSetup,
 };
 pub use wire::{Credentials, Error, MAX_FDS, MAX_MESSAGE, Received, pair, receive, send};

@@ -1,4 +1,4 @@
-//! The messages. See `docs/design.md`, "How data flows", for who says what when.
+//! The messages. See `docs/design.md`, "How a fork goes", for who says what when.
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +75,16 @@ pub struct ModuleImport {
     pub name: String,
     /// Its time with everything it pulled in, in microseconds.
     pub micros: u64,
+}
+
+/// From the broker of a pool to a Function's shim that connected, with two descriptors: the shim's end
+/// of a channel to the zygote, and the zygote's user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The only user mapped in that namespace, as the host numbers it.
+    pub uid: u32,
+    /// The only group, likewise.
+    pub gid: u32,
 }
 
 /// To a leaf, on its control channel, from the shim of its Function.
@@ -175,7 +185,8 @@ pub struct Rlimit {
 }
 
 /// From a leaf, in this order: `Hello`, `Confined`, `Ready` (or `Failed` in place of either), and
-/// then for every connection `Began`/`Done` pairs, ended by `Parked` or `Closed`.
+/// then for every connection `Began`/`Done` pairs, ended by `Parked` or `Closed`. A `Closed` without
+/// `Done` is a request whose answer did not get through whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromLeaf {
     /// It exists; the kernel adds its credentials (`SO_PASSCRED`).

@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -69,14 +70,23 @@ pub struct Received<M> {
 /// # Errors
 /// [`Error::Io`] when the process is out of descriptors.
 pub fn pair() -> Result<(OwnedFd, OwnedFd), Error> {
-    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+    Ok(socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
 }
 
 /// Sends one message with descriptors.
 ///
 /// # Errors
 /// [`Error::TooLarge`] before anything is sent; [`Error::Closed`] when the peer is gone.
-pub fn send<M: Serialize>(socket: impl AsFd, message: &M, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+pub fn send<M: Serialize>(
+    socket: impl AsFd,
+    message: &M,
+    fds: &[BorrowedFd<'_>],
+) -> Result<(), Error> {
     let bytes = postcard::to_stdvec(message)?;
     if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
         return Err(Error::TooLarge);
@@ -87,7 +97,12 @@ pub fn send<M: Serialize>(socket: impl AsFd, message: &M, fds: &[BorrowedFd<'_>]
         return Err(Error::TooLarge);
     }
     loop {
-        match sendmsg(&socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL) {
+        match sendmsg(
+            &socket,
+            &[IoSlice::new(&bytes)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        ) {
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(Errno::PIPE | Errno::CONNRESET) => return Err(Error::Closed),
@@ -103,10 +118,16 @@ pub fn send<M: Serialize>(socket: impl AsFd, message: &M, fds: &[BorrowedFd<'_>]
 /// well-behaved peer does not send.
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Error> {
     let mut bytes = vec![0u8; MAX_MESSAGE];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
-        match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+        match recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        ) {
             Err(Errno::INTR) => {}
             Err(Errno::CONNRESET) => return Err(Error::Closed),
             other => break other?,
@@ -118,16 +139,26 @@ pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Er
         match part {
             RecvAncillaryMessage::ScmRights(got) => fds.extend(got),
             RecvAncillaryMessage::ScmCredentials(c) => {
-                credentials = Some(Credentials { pid: c.pid.as_raw_pid(), uid: c.uid.as_raw() });
+                credentials = Some(Credentials {
+                    pid: c.pid.as_raw_pid(),
+                    uid: c.uid.as_raw(),
+                });
             }
             _ => {}
         }
     }
-    if got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+    if got
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
         return Err(Error::TooLarge);
     }
     if got.bytes == 0 {
         return Err(Error::Closed);
     }
-    Ok(Received { message: postcard::from_bytes(&bytes[..got.bytes])?, fds, credentials })
+    Ok(Received {
+        message: postcard::from_bytes(&bytes[..got.bytes])?,
+        fds,
+        credentials,
+    })
 }

@@ -1,0 +1,237 @@
+//! How a Function's shim finds a pool's zygote on its node: the pool's shim listens on a path, and
+//! gives every shim that connects a channel of its own. Both are root, and nobody else may be.
+
+use std::fs::DirBuilder;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
+    socket_with,
+};
+use sock_zygote_protocol::{self as protocol, Attached};
+use tokio::io::unix::AsyncFd;
+
+use crate::channel::{Channel, watch};
+use crate::error::{Error, Result, errno};
+use crate::zygote::{Zygote, ZygoteChannel};
+
+/// A pool's shim answers at once or hangs; then another pool's is tried.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+/// Shims of one node that connect at the same moment.
+const BACKLOG: i32 = 128;
+
+/// The listening end, of a pool's shim. The path is removed when it is dropped.
+#[derive(Debug)]
+pub struct Broker {
+    socket: AsyncFd<OwnedFd>,
+    path: PathBuf,
+}
+
+impl Broker {
+    /// Listens at `path`, whose directories are made for root alone.
+    ///
+    /// # Errors
+    /// [`Error::Path`].
+    pub fn listen(path: &Path) -> Result<Broker> {
+        if let Some(dir) = path.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(|e| Error::path("create the directory", dir)(errno(&e)))?;
+        }
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::path("remove the stale socket", path)(errno(&e)));
+            }
+            _ => {}
+        }
+        let socket = seqpacket()?;
+        let (_dir, address) = address(path)?;
+        bind(&socket, &address).map_err(Error::path("bind", path))?;
+        listen(&socket, BACKLOG).map_err(Error::path("listen on", path))?;
+        Ok(Broker {
+            socket: watch(socket)?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Gives everyone who connects a channel to `zygote`, its user namespace and the mapped user,
+    /// until the zygote is gone. Yields the reason for the end.
+    pub async fn serve(&self, zygote: &Zygote, user: BorrowedFd<'_>, uid: u32, gid: u32) -> Error {
+        loop {
+            let peer = match self.accept().await {
+                Ok(peer) => peer,
+                Err(error) => return error,
+            };
+            let channel = match zygote.attach() {
+                Ok(channel) => channel,
+                Err(error) => return error,
+            };
+            let fds = [channel.as_fd(), user];
+            // The packet is the first on a new socket: there is room for it, or the peer is gone.
+            if let Err(error) = protocol::send(&peer, &Attached { uid, gid }, &fds) {
+                tracing::debug!(%error, "a shim left before it was attached");
+            }
+        }
+    }
+
+    async fn accept(&self) -> Result<OwnedFd> {
+        loop {
+            let mut ready = self.socket.readable().await.map_err(Error::Watch)?;
+            match accept_with(
+                self.socket.get_ref(),
+                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            ) {
+                Ok(peer) => {
+                    let user = socket_peercred(&peer)
+                        .map_err(Error::system("ask who connects (SO_PEERCRED)"))?
+                        .uid;
+                    if user.is_root() {
+                        return Ok(peer);
+                    }
+                    tracing::warn!(
+                        uid = user.as_raw(),
+                        "refused a connection that is not root's"
+                    );
+                }
+                Err(Errno::AGAIN) => ready.clear_ready(),
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(errno) => {
+                    return Err(Error::Path {
+                        step: "accept on",
+                        path: self.path.clone(),
+                        errno,
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // A path that stays is found stale by whoever connects next.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What a Function's shim gets from a broker.
+#[derive(Debug)]
+pub struct Attachment {
+    /// To ask for leaves.
+    pub zygote: ZygoteChannel,
+    /// The zygote's user namespace.
+    pub user_namespace: OwnedFd,
+    /// The only user mapped there, as the host numbers it.
+    pub uid: u32,
+    /// The only group.
+    pub gid: u32,
+    /// Where it was found.
+    pub path: PathBuf,
+}
+
+/// Attaches to the newest pool that works among the sockets (`*.sock`) in `dir`. Sockets that
+/// nobody listens on are removed. `None` when there is none, or no such directory.
+///
+/// # Errors
+/// [`Error::Path`] when the directory cannot be read. A broker that misbehaves is passed over.
+pub async fn attach(dir: &Path) -> Result<Option<Attachment>> {
+    for path in newest_first(dir)? {
+        let socket = seqpacket()?;
+        let (_dir, address) = address(&path)?;
+        match connect(&socket, &address) {
+            Ok(()) => {}
+            Err(Errno::CONNREFUSED) => {
+                // Whoever listens anew at this name binds a new file: only the dead one goes.
+                let _ = std::fs::remove_file(&path);
+                continue;
+            }
+            Err(errno) => {
+                tracing::debug!(path = %path.display(), %errno, "broker passed over");
+                continue;
+            }
+        }
+        match tokio::time::timeout(ANSWER_WITHIN, attachment(socket, &path)).await {
+            Ok(Ok(attachment)) => return Ok(Some(attachment)),
+            Ok(Err(error)) => tracing::warn!(path = %path.display(), %error, "broker passed over"),
+            Err(_) => tracing::warn!(path = %path.display(), "broker passed over: no answer"),
+        }
+    }
+    Ok(None)
+}
+
+async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
+    let received = Channel::new(socket, "broker")?
+        .receive::<Attached>()
+        .await?;
+    let Attached { uid, gid } = received.message;
+    let Ok([channel, user_namespace]) = <[OwnedFd; 2]>::try_from(received.fds) else {
+        return Err(Error::Unexpected {
+            peer: "broker",
+            said: "Attached",
+            expected: "Attached with two descriptors",
+        });
+    };
+    Ok(Attachment {
+        zygote: ZygoteChannel::new(channel)?,
+        user_namespace,
+        uid,
+        gid,
+        path: path.to_owned(),
+    })
+}
+
+fn newest_first(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::path("read the directory", dir)(errno(&e))),
+    };
+    let mut found: Vec<(SystemTime, PathBuf)> = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().extension().is_some_and(|e| e == "sock"))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    found.sort_by(|a, b| b.cmp(a));
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// The address of a socket at `path`, through a descriptor of its directory that must be kept while the
+/// address is used: `sun_path` holds 108 bytes, and a pool's path has more.
+fn address(path: &Path) -> Result<(OwnedFd, SocketAddrUnix)> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(Error::Path {
+            step: "name the socket",
+            path: path.to_owned(),
+            errno: Errno::INVAL,
+        });
+    };
+    let dir = rustix::fs::open(
+        dir,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(Error::path("open the directory", dir))?;
+    let short = Path::new("/proc/self/fd")
+        .join(dir.as_raw_fd().to_string())
+        .join(name);
+    let address = SocketAddrUnix::new(short).map_err(Error::path("name the socket", path))?;
+    Ok((dir, address))
+}
+
+fn seqpacket() -> Result<OwnedFd> {
+    socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .map_err(Error::system("make a socket (socket)"))
+}

@@ -1,0 +1,80 @@
+//! A `SOCK_SEQPACKET` channel on the asynchronous runtime.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::ioctl_fionbio;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sock_zygote_protocol::{self as protocol, Received};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::error::{Error, Result};
+
+/// One end of a channel to a zygote, a leaf or a broker.
+#[derive(Debug)]
+pub struct Channel {
+    socket: AsyncFd<OwnedFd>,
+    peer: &'static str,
+}
+
+impl Channel {
+    /// Watches `socket`, which becomes non-blocking. `peer` names the other end in errors.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch the descriptor.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O enabled.
+    pub fn new(socket: OwnedFd, peer: &'static str) -> Result<Channel> {
+        ioctl_fionbio(&socket, true)
+            .map_err(Error::system("make the channel non-blocking (FIONBIO)"))?;
+        Ok(Channel {
+            socket: watch(socket)?,
+            peer,
+        })
+    }
+
+    /// Sends at once or fails: these messages are few and small, and a peer that lets its queue fill
+    /// is not waited for.
+    ///
+    /// # Errors
+    /// [`Error::Wire`]; see [`Error::is_closed`].
+    pub fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        protocol::send(self.socket.get_ref(), message, fds).map_err(|e| self.wire(e))
+    }
+
+    /// The next message. Cancel safe: a message is either returned or left in the channel.
+    ///
+    /// # Errors
+    /// [`Error::Wire`]; see [`Error::is_closed`].
+    pub async fn receive<M: DeserializeOwned>(&self) -> Result<Received<M>> {
+        loop {
+            let mut ready = self.socket.readable().await.map_err(Error::Watch)?;
+            match protocol::receive(self.socket.get_ref()) {
+                Err(e) if e.would_block() => ready.clear_ready(),
+                other => return other.map_err(|e| self.wire(e)),
+            }
+        }
+    }
+
+    fn wire(&self, source: protocol::Error) -> Error {
+        Error::Wire {
+            peer: self.peer,
+            source,
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
+    }
+}
+
+/// Watches a descriptor for something to read.
+pub(crate) fn watch(fd: OwnedFd) -> Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open as long as it lives, and `AsyncFd` gives no mutable access to it here.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+        .map_err(|e| Error::Watch(e.into()))
+}

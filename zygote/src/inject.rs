@@ -1,0 +1,275 @@
+//! Sockets for a leaf whose own network namespace is empty.
+//!
+//! The leaf's `socket(2)` of an Internet family or netlink stops as a seccomp notification
+//! (seccomp_unotify(2)). The socket is made here, in the network namespace of this process, which is
+//! the pod's, and put into the leaf in answer. Only the numbers in the registers are looked at, so
+//! there is nothing a tenant could change between check and use.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::fchown;
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+
+use crate::channel::watch;
+use crate::error::{Error, Result, errno};
+
+/// Answers the notifications of one leaf until its last process has ended. Sockets belong to the
+/// user `uid` and group `gid`, as the host numbers them.
+///
+/// # Errors
+/// [`Error::System`] when the listener fails; the leaf then gets `ENOSYS` for every further socket.
+pub async fn inject_sockets(listener: OwnedFd, uid: u32, gid: u32) -> Result<()> {
+    let listener = watch(listener)?;
+    let owner = Owner {
+        uid: Uid::from_raw(uid),
+        gid: Gid::from_raw(gid),
+    };
+    loop {
+        let mut ready = listener.readable().await.map_err(Error::Watch)?;
+        match pending(listener.get_ref())? {
+            Pending::Some => answer(listener.get_ref(), &owner)?,
+            Pending::None => ready.clear_ready(),
+            Pending::Ended => return Ok(()),
+        }
+    }
+}
+
+enum Pending {
+    Some,
+    None,
+    Ended,
+}
+
+/// The runtime's readiness is that of the past, and receiving blocks when there is nothing.
+fn pending(listener: &OwnedFd) -> Result<Pending> {
+    let mut fds = [PollFd::new(listener, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    match poll(&mut fds, Some(&now)) {
+        Err(Errno::INTR) => Ok(Pending::Some),
+        Err(errno) => Err(Error::System {
+            step: "look for notifications (poll)",
+            errno,
+        }),
+        Ok(_) if fds[0].revents().contains(PollFlags::IN) => Ok(Pending::Some),
+        Ok(_) if fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) => Ok(Pending::Ended),
+        Ok(_) => Ok(Pending::None),
+    }
+}
+
+struct Owner {
+    uid: Uid,
+    gid: Gid,
+}
+
+fn answer(listener: &OwnedFd, owner: &Owner) -> Result<()> {
+    // SAFETY: the structure is plain integers, for which zero is a value; the kernel demands zeroes.
+    let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+    // SAFETY: the request writes one `struct seccomp_notif` to the pointer it is given.
+    if unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            libc::SECCOMP_IOCTL_NOTIF_RECV as _,
+            &mut notification,
+        )
+    } != 0
+    {
+        return match last() {
+            // The process was killed, or a signal came: nobody waits for an answer.
+            Errno::NOENT | Errno::INTR | Errno::AGAIN => Ok(()),
+            errno => Err(Error::System {
+                step: "receive a notification (SECCOMP_IOCTL_NOTIF_RECV)",
+                errno,
+            }),
+        };
+    }
+    let made = Wanted::read(&notification.data).and_then(|wanted| {
+        let socket = wanted.make()?;
+        fchown(&socket, Some(owner.uid), Some(owner.gid))?;
+        Ok((socket, wanted.close_on_exec))
+    });
+    match made {
+        Ok((socket, close_on_exec)) => hand_over(listener, notification.id, &socket, close_on_exec),
+        Err(errno) => respond(listener, notification.id, Err(errno)),
+    }
+}
+
+/// A socket that a leaf may have.
+#[derive(Debug, PartialEq, Eq)]
+struct Wanted {
+    family: i32,
+    kind: i32,
+    protocol: i32,
+    close_on_exec: bool,
+}
+
+impl Wanted {
+    fn read(data: &libc::seccomp_data) -> Result<Wanted, Errno> {
+        if i64::from(data.nr) != libc::SYS_socket {
+            return Err(Errno::PERM);
+        }
+        // The kernel takes `int` arguments: the upper halves of the registers do not count.
+        let int = |index: usize| {
+            let [low @ .., _, _, _, _] = data.args[index].to_le_bytes();
+            i32::from_le_bytes(low)
+        };
+        let (family, full, protocol) = (int(0), int(1), int(2));
+        let kind = full & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK);
+        match (family, kind, protocol) {
+            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM, 0 | libc::IPPROTO_TCP)
+            | (libc::AF_INET | libc::AF_INET6, libc::SOCK_DGRAM, 0 | libc::IPPROTO_UDP)
+            | (libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_RAW, libc::NETLINK_ROUTE) => {}
+            (libc::AF_INET | libc::AF_INET6, libc::SOCK_STREAM | libc::SOCK_DGRAM, _)
+            | (libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_RAW, _) => {
+                return Err(Errno::PROTONOSUPPORT);
+            }
+            (libc::AF_INET | libc::AF_INET6 | libc::AF_NETLINK, _, _) => return Err(Errno::PERM),
+            _ => return Err(Errno::AFNOSUPPORT),
+        }
+        let kind = kind | (full & libc::SOCK_NONBLOCK) | libc::SOCK_CLOEXEC;
+        Ok(Wanted {
+            family,
+            kind,
+            protocol,
+            close_on_exec: full & libc::SOCK_CLOEXEC != 0,
+        })
+    }
+
+    fn make(&self) -> Result<OwnedFd, Errno> {
+        // SAFETY: socket(2) takes three integers and yields a new descriptor or -1.
+        let fd: RawFd = unsafe { libc::socket(self.family, self.kind, self.protocol) };
+        if fd < 0 {
+            return Err(last());
+        }
+        // SAFETY: the descriptor is new and belongs to nobody else.
+        Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
+    }
+}
+
+fn hand_over(listener: &OwnedFd, id: u64, socket: &OwnedFd, close_on_exec: bool) -> Result<()> {
+    let flags = if close_on_exec {
+        libc::O_CLOEXEC.cast_unsigned()
+    } else {
+        0
+    };
+    let mut add = libc::seccomp_notif_addfd {
+        id,
+        flags: u32::try_from(libc::SECCOMP_ADDFD_FLAG_SEND).unwrap_or_default(),
+        srcfd: socket.as_raw_fd().cast_unsigned(),
+        newfd: 0,
+        newfd_flags: flags,
+    };
+    let add_to = |add: &libc::seccomp_notif_addfd| {
+        // SAFETY: the request reads one `struct seccomp_notif_addfd`.
+        match unsafe {
+            libc::ioctl(
+                listener.as_raw_fd(),
+                libc::SECCOMP_IOCTL_NOTIF_ADDFD as _,
+                add,
+            )
+        } {
+            -1 => Err(last()),
+            fd => Ok(fd),
+        }
+    };
+    match add_to(&add) {
+        Ok(_) | Err(Errno::NOENT) => Ok(()),
+        // Kernels before 5.14 cannot add and answer in one step.
+        Err(Errno::INVAL) => {
+            add.flags = 0;
+            match add_to(&add) {
+                Ok(fd) => respond(listener, id, Ok(fd)),
+                Err(Errno::NOENT) => Ok(()),
+                Err(errno) => respond(listener, id, Err(errno)),
+            }
+        }
+        // Above all EMFILE: the leaf has no room for another descriptor.
+        Err(errno) => respond(listener, id, Err(errno)),
+    }
+}
+
+fn respond(listener: &OwnedFd, id: u64, result: Result<i32, Errno>) -> Result<()> {
+    let mut response = libc::seccomp_notif_resp {
+        id,
+        val: result.map_or(0, i64::from),
+        error: result.err().map_or(0, |errno| -errno.raw_os_error()),
+        flags: 0,
+    };
+    // SAFETY: the request reads one `struct seccomp_notif_resp`.
+    if unsafe {
+        libc::ioctl(
+            listener.as_raw_fd(),
+            libc::SECCOMP_IOCTL_NOTIF_SEND as _,
+            &mut response,
+        )
+    } == 0
+    {
+        return Ok(());
+    }
+    match last() {
+        Errno::NOENT => Ok(()),
+        errno => Err(Error::System {
+            step: "answer a notification (SECCOMP_IOCTL_NOTIF_SEND)",
+            errno,
+        }),
+    }
+}
+
+fn last() -> Errno {
+    errno(&std::io::Error::last_os_error())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn read(family: i32, kind: i32, protocol: i32) -> Result<Wanted, Errno> {
+        let nr = i32::try_from(libc::SYS_socket).unwrap();
+        let arg = |value: i32| u64::from(value.cast_unsigned());
+        Wanted::read(&libc::seccomp_data {
+            nr,
+            arch: 0,
+            instruction_pointer: 0,
+            args: [arg(family), arg(kind), arg(protocol), 0, 0, 0],
+        })
+    }
+
+    #[test]
+    fn flags_of_the_caller_are_kept() {
+        let wanted = read(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, 0).unwrap();
+        assert_eq!(
+            wanted.kind,
+            libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC
+        );
+        assert!(!wanted.close_on_exec);
+    }
+
+    #[test]
+    fn raw_packet_and_foreign_protocols_are_refused() {
+        assert_eq!(
+            read(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP),
+            Err(Errno::PERM)
+        );
+        assert_eq!(
+            read(libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_ICMP),
+            Err(Errno::PROTONOSUPPORT)
+        );
+        assert_eq!(
+            read(libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_SCTP),
+            Err(Errno::PROTONOSUPPORT)
+        );
+        assert_eq!(
+            read(libc::AF_PACKET, libc::SOCK_RAW, 0),
+            Err(Errno::AFNOSUPPORT)
+        );
+        assert_eq!(
+            read(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_NETFILTER),
+            Err(Errno::PROTONOSUPPORT)
+        );
+    }
+}

@@ -1,0 +1,316 @@
+//! A leaf as the shim sees it: one type for each state, so that what may be said to it is decided by
+//! the compiler. Its messages are a tenant's word and are checked.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
+
+use crate::channel::Channel;
+use crate::error::{Error, Result, errno};
+use crate::setup::SealedSetup;
+
+/// The descriptors of a setup. A plain interpreter needs none of them.
+#[derive(Debug, Default)]
+pub struct SetupFds<'a> {
+    /// From [`crate::FunctionRoot::clone_tree`].
+    pub root: Option<BorrowedFd<'a>>,
+    /// From [`crate::FunctionRoot::network`].
+    pub network: Option<BorrowedFd<'a>>,
+    /// `cgroup.procs` of the leaf's cgroup, opened for writing, in every hierarchy.
+    pub cgroups: Vec<BorrowedFd<'a>>,
+    /// Becomes standard output.
+    pub stdout: Option<BorrowedFd<'a>>,
+    /// Becomes standard error.
+    pub stderr: Option<BorrowedFd<'a>>,
+}
+
+/// A leaf that exists and knows nothing of a Function yet.
+#[derive(Debug)]
+pub struct Arrived {
+    channel: Channel,
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Arrived {
+    /// A plain interpreter that the shim has started itself, over its end of the control channel
+    /// (which must have had `SO_PASSCRED` before the process started).
+    ///
+    /// # Errors
+    /// [`Error::Wire`] when it ends first; [`Error::Unexpected`].
+    pub async fn interpreter(control: OwnedFd) -> Result<Arrived> {
+        let control = Channel::new(control, "leaf")?;
+        let hello = control.receive().await?;
+        Arrived::new(control, hello)
+    }
+
+    pub(crate) fn new(channel: Channel, hello: Received<FromLeaf>) -> Result<Arrived> {
+        match hello.message {
+            FromLeaf::Hello => {}
+            FromLeaf::Failed { message, traceback } => {
+                return Err(Error::LeafFailed { message, traceback });
+            }
+            other => {
+                return Err(Error::Unexpected {
+                    peer: "leaf",
+                    said: name(&other),
+                    expected: "Hello",
+                });
+            }
+        }
+        let number = hello.credentials.map_or(0, |c| c.pid);
+        let pid = Pid::from_raw(number).ok_or(Error::Impostor {
+            pid: number,
+            problem: "cannot be seen from this process namespace",
+        })?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())
+            .map_err(Error::system("open the leaf's pidfd (pidfd_open)"))?;
+        Ok(Arrived {
+            channel,
+            pid: number,
+            pidfd,
+        })
+    }
+
+    /// Hands over everything that makes it a leaf of a Function.
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn setup(self, setup: &SealedSetup, fds: &SetupFds<'_>) -> Result<Confining> {
+        let optional = |role, fd: Option<_>| fd.map(|fd| (role, fd));
+        let (roles, list): (Vec<FdRole>, Vec<BorrowedFd<'_>>) = [(FdRole::Setup, setup.as_fd())]
+            .into_iter()
+            .chain(optional(FdRole::Root, fds.root))
+            .chain(optional(FdRole::Network, fds.network))
+            .chain(fds.cgroups.iter().map(|fd| (FdRole::Cgroup, *fd)))
+            .chain(optional(FdRole::Stdout, fds.stdout))
+            .chain(optional(FdRole::Stderr, fds.stderr))
+            .unzip();
+        self.channel.send(&ToLeaf::Setup { fds: roles }, &list)?;
+        Ok(Confining(self))
+    }
+}
+
+/// A leaf on its way into the pod. A connection can be queued; it is read only when the handler is
+/// imported.
+#[derive(Debug)]
+pub struct Confining(Arrived);
+
+impl Confining {
+    /// Queues a connection behind the setup.
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn queue(&self, conn: u64, connection: BorrowedFd<'_>) -> Result<()> {
+        self.0.channel.send(&ToLeaf::Serve { conn }, &[connection])
+    }
+
+    /// Waits until it is confined, and checks that the process which said so is a member of
+    /// `cgroup` (a directory with `cgroup.procs`): only then may its pidfd be trusted to be a leaf
+    /// of this pod. `None` for a plain interpreter, which the shim has started itself.
+    ///
+    /// Yields the time of each step, and the seccomp listener if sockets are intercepted.
+    ///
+    /// # Errors
+    /// [`Error::LeafFailed`], [`Error::Impostor`], [`Error::Wire`].
+    pub async fn confined(
+        self,
+        cgroup: Option<&Path>,
+    ) -> Result<(Loading, Vec<Phase>, Option<OwnedFd>)> {
+        let Received {
+            message, mut fds, ..
+        } = self.0.channel.receive::<FromLeaf>().await?;
+        match message {
+            FromLeaf::Confined { phases } => {
+                if let Some(cgroup) = cgroup {
+                    self.0.belongs_to(cgroup)?;
+                }
+                let listener = (!fds.is_empty()).then(|| fds.remove(0));
+                Ok((Loading(self.0), phases, listener))
+            }
+            FromLeaf::Failed { message, traceback } => {
+                Err(Error::LeafFailed { message, traceback })
+            }
+            other => Err(Error::Unexpected {
+                peer: "leaf",
+                said: name(&other),
+                expected: "Confined",
+            }),
+        }
+    }
+}
+
+impl Arrived {
+    /// A zygote can name any process that it sees in its credentials, and process numbers come back.
+    /// If the number is in the cgroup while the pidfd's process lives, they are the same process.
+    fn belongs_to(&self, cgroup: &Path) -> Result<()> {
+        let path = cgroup.join("cgroup.procs");
+        let members = std::fs::read_to_string(&path)
+            .map_err(|e| Error::path("read the members of", path.clone())(errno(&e)))?;
+        if !members.lines().any(|line| line.parse() == Ok(self.pid)) {
+            return Err(Error::Impostor {
+                pid: self.pid,
+                problem: "is not in the cgroup that was made for it",
+            });
+        }
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let ended = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now))
+            .map_err(Error::system("look if the leaf lives (poll)"))?;
+        if ended > 0 {
+            return Err(Error::Impostor {
+                pid: self.pid,
+                problem: "has ended",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A confined leaf that imports the handler.
+#[derive(Debug)]
+pub struct Loading(Arrived);
+
+impl Loading {
+    /// Queues a connection behind the import.
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn queue(&self, conn: u64, connection: BorrowedFd<'_>) -> Result<()> {
+        self.0.channel.send(&ToLeaf::Serve { conn }, &[connection])
+    }
+
+    /// Waits until the handler is imported; yields the microseconds this took.
+    ///
+    /// # Errors
+    /// [`Error::LeafFailed`] with the line that the Function's author needs; [`Error::Wire`].
+    pub async fn ready(self) -> Result<(Leaf, u64)> {
+        match self.0.channel.receive::<FromLeaf>().await?.message {
+            FromLeaf::Ready { import_micros } => Ok((Leaf(self.0), import_micros)),
+            FromLeaf::Failed { message, traceback } => {
+                Err(Error::LeafFailed { message, traceback })
+            }
+            other => Err(Error::Unexpected {
+                peer: "leaf",
+                said: name(&other),
+                expected: "Ready",
+            }),
+        }
+    }
+
+    /// The leaf's process.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.0.pidfd.as_fd()
+    }
+}
+
+/// What a leaf reports of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The head of a request was read.
+    Began {
+        /// The connection.
+        conn: u64,
+    },
+    /// The answer was written.
+    Done {
+        /// The connection.
+        conn: u64,
+        /// HTTP status.
+        status: u16,
+        /// Microseconds since `Began`, by the leaf's word.
+        micros: u64,
+    },
+    /// The connection is idle and only the shim holds it now.
+    Parked {
+        /// The connection.
+        conn: u64,
+    },
+    /// The connection has ended.
+    Closed {
+        /// The connection.
+        conn: u64,
+    },
+}
+
+/// A leaf that serves.
+#[derive(Debug)]
+pub struct Leaf(Arrived);
+
+impl Leaf {
+    /// Hands a connection over.
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn serve(&self, conn: u64, connection: BorrowedFd<'_>) -> Result<()> {
+        self.0.channel.send(&ToLeaf::Serve { conn }, &[connection])
+    }
+
+    /// Asks for an idle connection back: see [`ToLeaf::Park`].
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn park(&self, conn: u64) -> Result<()> {
+        self.0.channel.send(&ToLeaf::Park { conn }, &[])
+    }
+
+    /// Asks it to finish what is under way and exit.
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn exit(&self) -> Result<()> {
+        self.0.channel.send(&ToLeaf::Exit, &[])
+    }
+
+    /// The next report. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::Wire`]: after its end ([`Error::is_closed`]), and for what is no message, whereupon
+    /// the leaf is to be killed.
+    pub async fn event(&self) -> Result<Event> {
+        match self.0.channel.receive::<FromLeaf>().await?.message {
+            FromLeaf::Began { conn } => Ok(Event::Began { conn }),
+            FromLeaf::Done {
+                conn,
+                status,
+                micros,
+            } => Ok(Event::Done {
+                conn,
+                status,
+                micros,
+            }),
+            FromLeaf::Parked { conn } => Ok(Event::Parked { conn }),
+            FromLeaf::Closed { conn } => Ok(Event::Closed { conn }),
+            other => Err(Error::Unexpected {
+                peer: "leaf",
+                said: name(&other),
+                expected: "Began, Done, Parked or Closed",
+            }),
+        }
+    }
+
+    /// The leaf's process: readable when it has ended, and the only safe way to signal it.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.0.pidfd.as_fd()
+    }
+}
+
+fn name(message: &FromLeaf) -> &'static str {
+    match message {
+        FromLeaf::Hello => "Hello",
+        FromLeaf::Confined { .. } => "Confined",
+        FromLeaf::Ready { .. } => "Ready",
+        FromLeaf::Failed { .. } => "Failed",
+        FromLeaf::Began { .. } => "Began",
+        FromLeaf::Done { .. } => "Done",
+        FromLeaf::Parked { .. } => "Parked",
+        FromLeaf::Closed { .. } => "Closed",
+    }
+}

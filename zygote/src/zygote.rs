@@ -1,0 +1,249 @@
+//! Speaking with a zygote: as the shim of its pool, and as the shim of a Function.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::net::sockopt::set_socket_passcred;
+use sock_zygote_protocol::{
+    self as protocol, FromLeaf, FromZygote, ModuleImport, ToZygote, ZygoteSetup,
+};
+use tokio::sync::Notify;
+
+use crate::channel::Channel;
+use crate::error::{Error, Result};
+use crate::leaf::Arrived;
+
+/// What a zygote reported when it had imported everything.
+#[derive(Debug, Clone)]
+pub struct Warm {
+    /// Microseconds of all imports.
+    pub import_micros: u64,
+    /// Each of them, in order.
+    pub modules: Vec<ModuleImport>,
+}
+
+/// The channel of a pool's shim to its zygote. The zygote ends when this is dropped.
+#[derive(Debug)]
+pub struct Zygote(Channel);
+
+impl Zygote {
+    /// Tells a zygote that was just started what to be, and waits until it is.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the module at fault; [`Error::Wire`] when it ends before that.
+    pub async fn configure(control: OwnedFd, setup: &ZygoteSetup) -> Result<(Zygote, Warm)> {
+        let channel = Channel::new(control, "zygote")?;
+        channel.send(&ToZygote::Configure(setup.clone()), &[])?;
+        match channel.receive::<FromZygote>().await?.message {
+            FromZygote::Ready {
+                import_micros,
+                modules,
+            } => Ok((
+                Zygote(channel),
+                Warm {
+                    import_micros,
+                    modules,
+                },
+            )),
+            FromZygote::Refused { module, message } => Err(Error::Refused { module, message }),
+            other => Err(Error::Unexpected {
+                peer: "zygote",
+                said: name(&other),
+                expected: "Ready",
+            }),
+        }
+    }
+
+    /// Makes another channel on which leaves can be asked for, and returns the asker's end.
+    ///
+    /// # Errors
+    /// [`Error::Wire`], also when the zygote is gone.
+    pub fn attach(&self) -> Result<OwnedFd> {
+        let (ours, theirs) = protocol::pair().map_err(|source| Error::Wire {
+            peer: "zygote",
+            source,
+        })?;
+        self.0.send(&ToZygote::Attach, &[theirs.as_fd()])?;
+        Ok(ours)
+    }
+
+    /// Waits for the zygote's end. Cancel safe.
+    pub async fn ended(&self) -> Error {
+        loop {
+            match self.0.receive::<FromZygote>().await {
+                // Nothing is asked on this channel that would have an answer.
+                Ok(_) => {}
+                Err(error) => return error,
+            }
+        }
+    }
+}
+
+/// How a leaf came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ForkOrigin {
+    /// A spare was taken.
+    pub spare: bool,
+    /// From the request read by the zygote to the leaf there, in microseconds.
+    pub micros: u64,
+}
+
+/// The channel of a Function's shim to a zygote.
+#[derive(Debug)]
+pub struct ZygoteChannel {
+    channel: Channel,
+    answers: Mutex<Answers>,
+    heard: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    next: u64,
+    /// `None` while the zygote has not answered.
+    open: HashMap<u64, Option<Result<ForkOrigin, String>>>,
+}
+
+impl ZygoteChannel {
+    /// `socket` is what [`Zygote::attach`] made.
+    ///
+    /// # Errors
+    /// When the runtime cannot watch the descriptor.
+    pub fn new(socket: OwnedFd) -> Result<ZygoteChannel> {
+        let channel = Channel::new(socket, "zygote")?;
+        Ok(ZygoteChannel {
+            channel,
+            answers: Mutex::default(),
+            heard: Notify::new(),
+        })
+    }
+
+    /// Asks for a leaf and waits until it exists. Several may be under way at once. With `fresh` no
+    /// spare is taken. The second value is how it came to be, if the zygote has said so already
+    /// (its word comes beside the leaf's and is not waited for).
+    ///
+    /// When the future is dropped, the leaf finds its channel closed and ends.
+    ///
+    /// # Errors
+    /// [`Error::ForkFailed`]; [`Error::Wire`] when the zygote is gone ([`Error::is_closed`]).
+    pub async fn fork(&self, fresh: bool) -> Result<(Arrived, Option<ForkOrigin>)> {
+        let (ours, theirs) = protocol::pair().map_err(|source| Error::Wire {
+            peer: "zygote",
+            source,
+        })?;
+        // Before the leaf can speak: credentials are added when a packet is sent.
+        set_socket_passcred(&ours, true)
+            .map_err(Error::system("ask for credentials (SO_PASSCRED)"))?;
+        let control = Channel::new(ours, "leaf")?;
+        let ticket = Ticket::open(self);
+        self.channel.send(
+            &ToZygote::Fork {
+                ticket: ticket.number,
+                fresh,
+            },
+            &[theirs.as_fd()],
+        )?;
+        drop(theirs);
+        let hello = tokio::select! {
+            biased;
+            hello = control.receive::<FromLeaf>() => hello,
+            error = self.listen(ticket.number) => return Err(error),
+        };
+        match hello {
+            Ok(hello) => {
+                let origin = self
+                    .answers()
+                    .open
+                    .get(&ticket.number)
+                    .and_then(|a| a.clone())
+                    .and_then(Result::ok);
+                Ok((Arrived::new(control, hello)?, origin))
+            }
+            // The zygote dropped the leaf's end: its answer says why.
+            Err(error) if error.is_closed() => Err(self.listen(ticket.number).await),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for the zygote's end. Cancel safe.
+    pub async fn ended(&self) -> Error {
+        loop {
+            if let Err(error) = self.hear().await {
+                return error;
+            }
+        }
+    }
+
+    /// Reads answers until that for `ticket` is a failure, or the zygote is gone.
+    async fn listen(&self, ticket: u64) -> Error {
+        loop {
+            let heard = self.heard.notified();
+            if let Some(Some(Err(message))) = self.answers().open.get(&ticket) {
+                return Error::ForkFailed(message.clone());
+            }
+            tokio::select! {
+                () = heard => {}
+                result = self.hear() => if let Err(error) = result { return error },
+            }
+        }
+    }
+
+    async fn hear(&self) -> Result<()> {
+        let (ticket, answer) = match self.channel.receive::<FromZygote>().await?.message {
+            FromZygote::Forked {
+                ticket,
+                spare,
+                micros,
+            } => (ticket, Ok(ForkOrigin { spare, micros })),
+            FromZygote::ForkFailed { ticket, message } => (ticket, Err(message)),
+            other => {
+                return Err(Error::Unexpected {
+                    peer: "zygote",
+                    said: name(&other),
+                    expected: "Forked",
+                });
+            }
+        };
+        // An answer nobody waits for is dropped: a zygote cannot make this table grow.
+        if let Some(open) = self.answers().open.get_mut(&ticket) {
+            *open = Some(answer);
+        }
+        self.heard.notify_waiters();
+        Ok(())
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An entry of the table of answers, removed when the asker no longer cares.
+struct Ticket<'a> {
+    channel: &'a ZygoteChannel,
+    number: u64,
+}
+
+impl<'a> Ticket<'a> {
+    fn open(channel: &'a ZygoteChannel) -> Ticket<'a> {
+        let mut answers = channel.answers();
+        let number = answers.next;
+        answers.next = answers.next.wrapping_add(1);
+        answers.open.insert(number, None);
+        Ticket { channel, number }
+    }
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.channel.answers().open.remove(&self.number);
+    }
+}
+
+fn name(message: &FromZygote) -> &'static str {
+    match message {
+        FromZygote::Ready { .. } => "Ready",
+        FromZygote::Refused { .. } => "Refused",
+        FromZygote::Forked { .. } => "Forked",
+        FromZygote::ForkFailed { .. } => "ForkFailed",
+    }
+}
