@@ -1,0 +1,726 @@
+//! containerd on the node: where it is, how it is configured, and how it learns of the runtime `sock`.
+//!
+//! What is to be written is decided by pure functions over the texts of the configuration; the rest reads, writes,
+//! lets containerd itself check the result, and restarts it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use toml_edit::{Array, DocumentMut, Item, TableLike, Value};
+
+use crate::host::{self, Host};
+use crate::payload;
+
+/// Name of the runtime, as a RuntimeClass's handler names it.
+pub const RUNTIME: &str = "sock";
+
+/// Late in the order in which a directory of drop-ins is read.
+const FILE: &str = "99-sock.toml";
+
+const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "no process of the host is named containerd: sock needs containerd 2.0 or later as the node's runtime"
+    )]
+    NotRunning,
+    #[error("{path}: {source}")]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{path} is not TOML: {source}; mend it, containerd cannot read it either")]
+    Syntax {
+        path: PathBuf,
+        source: Box<toml_edit::TomlError>,
+    },
+    #[error("{path}: {field} is {value}, which no containerd 2 knows")]
+    Value {
+        path: PathBuf,
+        field: &'static str,
+        value: String,
+    },
+    #[error(transparent)]
+    Write(#[from] payload::Error),
+    #[error(transparent)]
+    Host(#[from] host::Error),
+    #[error(
+        "containerd reads the new configuration, but sees no runtime sock in it; it was taken back"
+    )]
+    Ignored,
+    #[error("containerd refuses the new configuration, it was taken back: {0}")]
+    Refused(host::Error),
+    #[error(
+        "containerd (process {0}) is no unit of systemd: restart it by hand, so that it reads {FILE}"
+    )]
+    NoUnit(u32),
+    #[error(
+        "{0} lost the import of {FILE} that was written into it: something generates that file; \
+         add the import to its template"
+    )]
+    Overwritten(PathBuf),
+    #[error(
+        "containerd does not run after its restart; see `journalctl -u containerd` on the node"
+    )]
+    Gone,
+}
+
+/// The running containerd of a host.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Process {
+    /// Its number in the host's PID namespace.
+    pub pid: u32,
+    /// Its program, as a path of the host.
+    pub program: PathBuf,
+    /// Its configuration, as a path of the host.
+    pub config: PathBuf,
+    /// The unit of systemd that it runs in.
+    pub unit: Option<String>,
+    /// When it was started.
+    pub started: SystemTime,
+}
+
+impl Process {
+    /// Finds containerd among the host's processes.
+    ///
+    /// A containerd inside of a container lives in another mount namespace than PID 1 and is none of ours.
+    pub fn find(host: &Host) -> Result<Self, Error> {
+        let processes = host.processes();
+        let namespace = |pid: &str| fs::read_link(processes.join(pid).join("ns/mnt")).ok();
+        let of_host = namespace("1");
+        let mut found: Vec<u32> = fs::read_dir(processes)
+            .map_err(|source| Error::Read {
+                path: processes.to_owned(),
+                source,
+            })?
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter(|pid: &u32| {
+                let pid = pid.to_string();
+                fs::read_to_string(processes.join(&pid).join("comm"))
+                    .is_ok_and(|name| name.trim() == "containerd")
+                    && namespace(&pid) == of_host
+            })
+            .collect();
+        found.sort_unstable();
+        let pid = *found.first().ok_or(Error::NotRunning)?;
+
+        let directory = processes.join(pid.to_string());
+        let read = |name: &str| {
+            let path = directory.join(name);
+            fs::read_to_string(&path).map_err(|source| Error::Read { path, source })
+        };
+        let program = fs::read_link(directory.join("exe")).map_err(|source| Error::Read {
+            path: directory.join("exe"),
+            source,
+        })?;
+        Ok(Self {
+            pid,
+            program,
+            config: config_path(&read("cmdline")?),
+            unit: unit(&read("cgroup")?),
+            started: started(
+                &read("stat")?,
+                &fs::read_to_string(processes.join("stat")).unwrap_or_default(),
+            ),
+        })
+    }
+}
+
+/// The configuration that a command line names, arguments separated by NUL.
+fn config_path(command_line: &str) -> PathBuf {
+    let mut arguments = command_line.split('\0');
+    while let Some(argument) = arguments.next() {
+        let value = match argument {
+            "-c" | "--config" | "-config" => arguments.next(),
+            _ => ["--config=", "-config=", "-c="]
+                .iter()
+                .find_map(|option| argument.strip_prefix(option)),
+        };
+        if let Some(value) = value {
+            return value.into();
+        }
+    }
+    DEFAULT_CONFIG.into()
+}
+
+/// The service that a process belongs to, from its `/proc/PID/cgroup`.
+fn unit(cgroups: &str) -> Option<String> {
+    cgroups
+        .lines()
+        .filter_map(|line| {
+            let mut parts = line.splitn(3, ':');
+            let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            (controllers.is_empty() || controllers == "name=systemd").then_some(path)
+        })
+        .flat_map(|path| path.split('/').rev())
+        .find(|part| part.ends_with(".service"))
+        .map(str::to_owned)
+}
+
+/// When a process was started: field 22 of its `stat` counts ticks of 10 ms since the boot (proc_pid_stat(5)).
+fn started(stat: &str, system: &str) -> SystemTime {
+    let ticks: u64 = stat
+        .rsplit_once(')')
+        .and_then(|(_, fields)| fields.split_ascii_whitespace().nth(19))
+        .and_then(|field| field.parse().ok())
+        .unwrap_or(0);
+    let boot: u64 = system
+        .lines()
+        .find_map(|line| line.strip_prefix("btime "))
+        .and_then(|field| field.trim().parse().ok())
+        .unwrap_or(0);
+    SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(boot * 1000 + ticks * 10)
+}
+
+/// What has to be on the disk so that containerd knows the runtime.
+#[derive(Debug, Eq, PartialEq)]
+struct Plan {
+    drop_in: PathBuf,
+    drop_in_text: String,
+    /// The main configuration with an import added; none if it reads the drop-in already.
+    main: Option<String>,
+}
+
+fn plan(config: &Path, text: Option<&str>) -> Result<Plan, Error> {
+    let mut document = parse(config, text.unwrap_or_default())?;
+    let version = match document.get("version") {
+        // containerd 2 takes a file without a version, or with 1, over into its own version before it merges.
+        None | Some(Item::Value(Value::Integer(_))) => document
+            .get("version")
+            .and_then(Item::as_integer)
+            .unwrap_or_default(),
+        Some(other) => {
+            return Err(Error::Value {
+                path: config.to_owned(),
+                field: "version",
+                value: other.to_string(),
+            });
+        }
+    };
+    let plugin = match version {
+        2 => "io.containerd.grpc.v1.cri",
+        0 | 1 | 3.. => "io.containerd.cri.v1.runtime",
+        _ => {
+            return Err(Error::Value {
+                path: config.to_owned(),
+                field: "version",
+                value: version.to_string(),
+            });
+        }
+    };
+    // Drop-ins are merged as they stand: one in another version than the main file would keep either from being
+    // migrated.
+    let version = version.max(2) + i64::from(version < 2);
+    let drop_in_text = format!(
+        "# Written by sock's node installer.\nversion = {version}\n\n\
+         [plugins.\"{plugin}\".containerd.runtimes.{RUNTIME}]\n\
+         runtime_type = \"io.containerd.sock.v1\"\n\
+         runtime_path = \"/opt/sock/bin/containerd-shim-sock-v1\"\n\
+         pod_annotations = [\"sock.dev/*\"]\n\
+         container_annotations = [\"sock.dev/*\"]\n"
+    );
+
+    let directory = config.parent().unwrap_or(Path::new("/"));
+    let imported = imports(&document).find_map(|pattern| place(directory, pattern));
+    if let Some(drop_in) = imported {
+        return Ok(Plan {
+            drop_in,
+            drop_in_text,
+            main: None,
+        });
+    }
+    let drop_in = directory.join("conf.d").join(FILE);
+    if text.is_none() {
+        document.insert("version", toml_edit::value(version));
+    }
+    let entry = drop_in.to_string_lossy().into_owned();
+    match document.get_mut("imports").and_then(Item::as_array_mut) {
+        Some(array) => array.push(entry),
+        None => {
+            document.insert("imports", toml_edit::value(Array::from_iter([entry])));
+        }
+    }
+    Ok(Plan {
+        drop_in,
+        drop_in_text,
+        main: Some(document.to_string()),
+    })
+}
+
+fn parse(path: &Path, text: &str) -> Result<DocumentMut, Error> {
+    text.parse().map_err(|source| Error::Syntax {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })
+}
+
+fn imports(document: &DocumentMut) -> impl Iterator<Item = &str> {
+    document
+        .get("imports")
+        .and_then(Item::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+}
+
+/// Where the drop-in has to lie so that an import reads it: relative ones start at the main file's directory, and a
+/// `*` in the last part stands for any characters (containerd's `resolveImports`).
+fn place(directory: &Path, import: &str) -> Option<PathBuf> {
+    let import = directory.join(import);
+    let (parent, name) = (import.parent()?, import.file_name()?.to_str()?);
+    if parent.to_str()?.contains('*') {
+        return None;
+    }
+    let reads = match name.split_once('*') {
+        Some((start, end)) => {
+            !end.contains('*')
+                && FILE.len() >= start.len() + end.len()
+                && FILE.starts_with(start)
+                && FILE.ends_with(end)
+        }
+        None => name == FILE,
+    };
+    reads.then(|| parent.join(FILE))
+}
+
+/// The main configuration without the import of the drop-in; none if it has none.
+fn without_import(config: &Path, text: &str) -> Result<Option<String>, Error> {
+    let mut document = parse(config, text)?;
+    let entry = config
+        .parent()
+        .unwrap_or(Path::new("/"))
+        .join("conf.d")
+        .join(FILE);
+    let Some(array) = document.get_mut("imports").and_then(Item::as_array_mut) else {
+        return Ok(None);
+    };
+    let before = array.len();
+    array.retain(|import| import.as_str().map(Path::new) != Some(&entry));
+    if array.len() == before {
+        return Ok(None);
+    }
+    if array.is_empty() {
+        document.remove("imports");
+    }
+    Ok(Some(document.to_string()))
+}
+
+/// Whether a dump of containerd's configuration has the runtime, whatever plugin holds it.
+fn knows_runtime(dump: &str) -> bool {
+    let Ok(document) = dump.parse::<DocumentMut>() else {
+        return false;
+    };
+    document
+        .get("plugins")
+        .and_then(Item::as_table_like)
+        .is_some_and(|plugins| {
+            plugins.iter().any(|(_, plugin)| {
+                runtimes(plugin).is_some_and(|runtimes| {
+                    runtimes
+                        .get(RUNTIME)
+                        .and_then(|runtime| runtime.get("runtime_type"))
+                        .and_then(Item::as_str)
+                        == Some("io.containerd.sock.v1")
+                })
+            })
+        })
+}
+
+fn runtimes(plugin: &Item) -> Option<&dyn TableLike> {
+    plugin.get("containerd")?.get("runtimes")?.as_table_like()
+}
+
+/// Configures and restarts containerd, and remembers what it did so as not to do it in circles.
+#[derive(Debug, Default)]
+pub struct Configurator {
+    /// The main configuration that an import was added to last.
+    edited: Option<String>,
+}
+
+impl Configurator {
+    /// Makes the configuration name the runtime; true if containerd has to be restarted to know it.
+    pub fn configure(&mut self, host: &Host, process: &Process) -> Result<bool, Error> {
+        let main = host.path(&process.config);
+        let text = read_if_there(&main)?;
+        let plan = plan(&process.config, text.as_deref())?;
+        let drop_in = host.path(&plan.drop_in);
+        if let (Some(_), Some(before)) = (&plan.main, &self.edited)
+            && text.as_deref().unwrap_or_default() == before
+        {
+            return Err(Error::Overwritten(process.config.clone()));
+        }
+
+        let before = read_if_there(&drop_in)?;
+        if before.as_deref() == Some(&plan.drop_in_text) && plan.main.is_none() {
+            let written = fs::metadata(&drop_in)
+                .and_then(|file| file.modified())
+                .map_err(|source| Error::Read {
+                    path: drop_in,
+                    source,
+                })?;
+            return Ok(written > process.started);
+        }
+
+        // An import of a file that is not there keeps containerd from starting: the drop-in first.
+        if let Some(parent) = drop_in.parent() {
+            fs::create_dir_all(parent).map_err(|source| Error::Read {
+                path: parent.to_owned(),
+                source,
+            })?;
+        }
+        payload::write(&drop_in, 0o644, plan.drop_in_text.as_bytes())?;
+        if let Some(new) = &plan.main {
+            if let Some(old) = &text {
+                let backup = backup(&main);
+                if !backup.exists() {
+                    payload::write(&backup, 0o644, old.as_bytes())?;
+                }
+            }
+            payload::write(&main, 0o644, new.as_bytes())?;
+            self.edited = Some(text.clone().unwrap_or_default());
+        }
+
+        if let Err(error) = verify(host, process) {
+            restore(
+                &main,
+                text.as_deref().filter(|_| plan.main.is_some()),
+                plan.main.is_some(),
+            )?;
+            restore(&drop_in, before.as_deref(), true)?;
+            return Err(error);
+        }
+        Ok(true)
+    }
+
+    /// Takes the runtime out of the configuration; true if something was there.
+    pub fn remove(host: &Host, process: &Process) -> Result<bool, Error> {
+        let main = host.path(&process.config);
+        let mut changed = false;
+        let text = read_if_there(&main)?;
+        // Where the drop-in lies is decided by the imports as they are, ours included.
+        let drop_in = host.path(plan(&process.config, text.as_deref())?.drop_in);
+        if let Some(text) = text
+            && let Some(new) = without_import(&process.config, &text)?
+        {
+            payload::write(&main, 0o644, new.as_bytes())?;
+            changed = true;
+            let backup = backup(&main);
+            if read_if_there(&backup)?.as_deref() == Some(&new) {
+                fs::remove_file(&backup).map_err(|source| Error::Read {
+                    path: backup,
+                    source,
+                })?;
+            }
+        }
+        if drop_in.exists() {
+            fs::remove_file(&drop_in).map_err(|source| Error::Read {
+                path: drop_in,
+                source,
+            })?;
+            changed = true;
+        }
+        Ok(changed)
+    }
+}
+
+fn backup(main: &Path) -> PathBuf {
+    let mut name = main.as_os_str().to_owned();
+    name.push(".before-sock");
+    name.into()
+}
+
+fn restore(path: &Path, text: Option<&str>, touched: bool) -> Result<(), Error> {
+    match text {
+        Some(text) => Ok(payload::write(path, 0o644, text.as_bytes())?),
+        None if touched => fs::remove_file(path).map_err(|source| Error::Read {
+            path: path.to_owned(),
+            source,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn verify(host: &Host, process: &Process) -> Result<(), Error> {
+    let (program, config) = (
+        process.program.to_string_lossy(),
+        process.config.to_string_lossy(),
+    );
+    let dump = host
+        .run(&program, &["--config", &config, "config", "dump"])
+        .map_err(Error::Refused)?;
+    if knows_runtime(&dump) {
+        Ok(())
+    } else {
+        Err(Error::Ignored)
+    }
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Restarts containerd by systemd; its containers run on.
+pub fn restart(host: &Host, process: &Process) -> Result<(), Error> {
+    let unit = process.unit.as_deref().ok_or(Error::NoUnit(process.pid))?;
+    host.run("systemctl", &["restart", unit])?;
+    match Process::find(host) {
+        Ok(new) if new.pid != process.pid => Ok(()),
+        _ => Err(Error::Gone),
+    }
+}
+
+/// containerd's version, as the program itself says it.
+pub fn version(host: &Host, process: &Process) -> Result<Version, Error> {
+    Ok(Version::parse(
+        &host.run(&process.program.to_string_lossy(), &["--version"])?,
+    ))
+}
+
+/// A version of containerd.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Version {
+    /// Major and minor number; none if the text has none, as with builds from a work tree.
+    pub number: Option<(u32, u32)>,
+    /// The text they were read from.
+    pub text: String,
+}
+
+impl Version {
+    /// Reads what `containerd --version` prints: program, package, version, revision.
+    pub fn parse(output: &str) -> Self {
+        let text = output
+            .split_ascii_whitespace()
+            .nth(2)
+            .unwrap_or(output.trim())
+            .to_owned();
+        let mut parts = text.trim_start_matches('v').splitn(3, '.');
+        let number = parts
+            .next()
+            .and_then(|major| major.parse().ok())
+            .zip(parts.next().and_then(|minor| {
+                let digits: String = minor.chars().take_while(char::is_ascii_digit).collect();
+                digits.parse().ok()
+            }));
+        Self { number, text }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIND: &str = r#"# explicitly use v2 config format
+version = 2
+
+[proxy_plugins]
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  default_runtime_name = "runc"
+"#;
+
+    #[test]
+    fn a_main_file_without_imports_gets_one_and_keeps_the_rest() {
+        let plan = plan(Path::new("/etc/containerd/config.toml"), Some(KIND)).unwrap();
+        assert_eq!(
+            plan.drop_in,
+            Path::new("/etc/containerd/conf.d/99-sock.toml")
+        );
+        let main = plan.main.unwrap();
+        assert!(main.starts_with(
+            "# explicitly use v2 config format\nversion = 2\nimports = [\"/etc/containerd/conf.d/99-sock.toml\"]\n"
+        ), "{main}");
+        assert!(
+            main.ends_with(&KIND[KIND.find("[proxy_plugins]").unwrap()..]),
+            "{main}"
+        );
+    }
+
+    #[test]
+    fn the_drop_in_has_the_version_of_the_main_file() {
+        for (main, version, plugin) in [
+            ("version = 2\n", "version = 2", "io.containerd.grpc.v1.cri"),
+            (
+                "version = 3\n",
+                "version = 3",
+                "io.containerd.cri.v1.runtime",
+            ),
+            (
+                "version = 4\n",
+                "version = 4",
+                "io.containerd.cri.v1.runtime",
+            ),
+            ("", "version = 3", "io.containerd.cri.v1.runtime"),
+            (
+                "version = 1\n",
+                "version = 3",
+                "io.containerd.cri.v1.runtime",
+            ),
+        ] {
+            let text = plan(Path::new("/c/config.toml"), Some(main))
+                .unwrap()
+                .drop_in_text;
+            assert!(text.contains(version), "{main:?}: {text}");
+            assert!(text.contains(plugin), "{main:?}: {text}");
+            assert!(knows_runtime(&text));
+        }
+    }
+
+    #[test]
+    fn imports_that_are_there_are_used() {
+        for (imports, drop_in) in [
+            (
+                r#"["/etc/containerd/conf.d/*.toml"]"#,
+                "/etc/containerd/conf.d/99-sock.toml",
+            ),
+            (
+                r#"["certs.toml", "config-v3.toml.d/*.toml"]"#,
+                "/etc/containerd/config-v3.toml.d/99-sock.toml",
+            ),
+            (
+                r#"["/etc/containerd/conf.d/99-sock.toml"]"#,
+                "/etc/containerd/conf.d/99-sock.toml",
+            ),
+        ] {
+            let main = format!("version = 3\nimports = {imports}\n");
+            let plan = plan(Path::new("/etc/containerd/config.toml"), Some(&main)).unwrap();
+            assert_eq!((plan.drop_in.to_str().unwrap(), plan.main), (drop_in, None));
+        }
+    }
+
+    #[test]
+    fn an_import_of_other_files_is_kept() {
+        let main = "version = 3\nimports = [\"/etc/containerd/other.toml\"]\n";
+        let plan = plan(Path::new("/etc/containerd/config.toml"), Some(main)).unwrap();
+        assert_eq!(
+            plan.main.unwrap(),
+            "version = 3\nimports = [\"/etc/containerd/other.toml\", \"/etc/containerd/conf.d/99-sock.toml\"]\n"
+        );
+    }
+
+    #[test]
+    fn without_a_main_file_one_is_made() {
+        let plan = plan(Path::new("/etc/containerd/config.toml"), None).unwrap();
+        assert_eq!(
+            plan.main.unwrap(),
+            "version = 3\nimports = [\"/etc/containerd/conf.d/99-sock.toml\"]\n"
+        );
+    }
+
+    #[test]
+    fn an_import_is_taken_back_to_the_byte() {
+        let config = Path::new("/etc/containerd/config.toml");
+        for main in [
+            KIND,
+            "version = 3\nimports = [\"/etc/containerd/other.toml\"]\n",
+        ] {
+            let with = plan(config, Some(main)).unwrap().main.unwrap();
+            assert_eq!(without_import(config, &with).unwrap().unwrap(), main);
+        }
+        assert_eq!(without_import(config, KIND).unwrap(), None);
+    }
+
+    #[test]
+    fn a_version_of_the_wrong_kind_is_named() {
+        for value in ["\"2\"", "-1"] {
+            let error = plan(
+                Path::new("/c/config.toml"),
+                Some(&format!("version = {value}\n")),
+            )
+            .unwrap_err();
+            assert!(error.to_string().contains(value), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_names_the_configuration() {
+        for (line, path) in [
+            ("/usr/bin/containerd\0", DEFAULT_CONFIG),
+            (
+                "containerd\0-c\0/var/k3s/config.toml\0-a\0/run/s\0",
+                "/var/k3s/config.toml",
+            ),
+            ("containerd\0--config=/c.toml\0", "/c.toml"),
+        ] {
+            assert_eq!(config_path(line), Path::new(path));
+        }
+    }
+
+    #[test]
+    fn the_unit_is_found_in_either_cgroup_version() {
+        assert_eq!(
+            unit("0::/system.slice/containerd.service\n").unwrap(),
+            "containerd.service"
+        );
+        assert_eq!(
+            unit("12:memory:/docker/ab\n1:name=systemd:/docker/ab/system.slice/k3s.service\n")
+                .unwrap(),
+            "k3s.service"
+        );
+        assert_eq!(unit("0::/\n"), None);
+    }
+
+    #[test]
+    fn versions_are_read() {
+        for (output, number) in [
+            (
+                "containerd github.com/containerd/containerd/v2 v2.2.9 abc",
+                Some((2, 2)),
+            ),
+            ("containerd containerd.io 1.7.12 71909c1", Some((1, 7))),
+            (
+                "containerd github.com/containerd/containerd/v2 2.0.0-rc.1",
+                Some((2, 0)),
+            ),
+            (
+                "containerd github.com/containerd/containerd/v2 abcdef",
+                None,
+            ),
+        ] {
+            assert_eq!(Version::parse(output).number, number, "{output}");
+        }
+    }
+
+    #[test]
+    fn the_containerd_of_a_container_is_none_of_the_host() {
+        let processes = tempfile::tempdir().unwrap();
+        let process = |pid: &str, namespace: &str, command: &str| {
+            let directory = processes.path().join(pid);
+            fs::create_dir_all(directory.join("ns")).unwrap();
+            std::os::unix::fs::symlink(namespace, directory.join("ns/mnt")).unwrap();
+            std::os::unix::fs::symlink("/usr/bin/containerd", directory.join("exe")).unwrap();
+            fs::write(directory.join("comm"), command).unwrap();
+            fs::write(directory.join("cmdline"), "containerd\0").unwrap();
+            fs::write(
+                directory.join("cgroup"),
+                "0::/system.slice/containerd.service\n",
+            )
+            .unwrap();
+            fs::write(
+                directory.join("stat"),
+                "7 (x) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 250 0",
+            )
+            .unwrap();
+        };
+        fs::write(processes.path().join("stat"), "cpu 1\nbtime 1000\n").unwrap();
+        process("1", "mnt:[1]", "systemd\n");
+        process("12", "mnt:[2]", "containerd\n");
+        let host = Host::at(Path::new("/nowhere"), processes.path());
+        assert!(matches!(Process::find(&host), Err(Error::NotRunning)));
+
+        process("34", "mnt:[1]", "containerd\n");
+        let found = Process::find(&host).unwrap();
+        assert_eq!(found.pid, 34);
+        assert_eq!(
+            found.started,
+            SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(1_002_500)
+        );
+    }
+}

@@ -1,0 +1,173 @@
+//! The installer's life: make the node right, say so, look again every minute.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::cgroup_moves;
+use crate::check::{self, Unfit};
+use crate::containerd::{self, Configurator, Process};
+use crate::host::Host;
+use crate::payload;
+use crate::registration::{self, Registration};
+
+/// Where the files of sock lie, in the image and on the host.
+pub const PAYLOAD: &str = "/opt/sock";
+
+/// A file of the installer's container that is there while the node is ready.
+const READY: &str = "/run/sock-node-ready";
+
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// kubelet reports its runtimes with its status every ten seconds.
+const REPORT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    #[error(transparent)]
+    Payload(#[from] payload::Error),
+    #[error(transparent)]
+    Containerd(#[from] containerd::Error),
+    #[error(transparent)]
+    Registration(#[from] registration::Error),
+    #[error(
+        "containerd runs with the runtime sock, but after {} s kubelet does not report it in node.status.runtimeHandlers; \
+         kubelet 1.30 or later does", REPORT.as_secs()
+    )]
+    NotReported,
+    #[error("{step}: {source}")]
+    System {
+        step: &'static str,
+        source: std::io::Error,
+    },
+    #[error("{READY} is not there: the node is not ready")]
+    NotReady,
+}
+
+impl Error {
+    /// The reason that the node's event gives.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Unfit(_) => "SockUnfit",
+            Self::Payload(_) => "SockFilesNotCopied",
+            Self::Containerd(_) => "SockRuntimeNotConfigured",
+            Self::NotReported => "SockRuntimeNotReported",
+            Self::Registration(_) | Self::System { .. } | Self::NotReady => "SockNodeError",
+        }
+    }
+}
+
+/// Runs until the process is ended.
+pub fn run() -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::System {
+            step: "start the event loop",
+            source,
+        })?;
+    runtime.block_on(async {
+        let registration = Registration::connect().await?;
+        let mut installer = Installer {
+            host: Host::from_environment(),
+            payload: std::env::var_os("SOCK_PAYLOAD")
+                .map_or_else(|| PathBuf::from(PAYLOAD), PathBuf::from),
+            favor_moves: std::env::var("SOCK_FAVOR_CGROUP_MOVES")
+                .is_ok_and(|value| value == "true"),
+            configurator: Configurator::default(),
+            registration,
+        };
+        loop {
+            installer.turn().await;
+            tokio::time::sleep(AGAIN).await;
+        }
+    })
+}
+
+/// Errs while the node is not ready; the readiness probe asks.
+pub fn ready() -> Result<(), Error> {
+    if Path::new(READY).exists() {
+        Ok(())
+    } else {
+        Err(Error::NotReady)
+    }
+}
+
+struct Installer {
+    host: Host,
+    payload: PathBuf,
+    favor_moves: bool,
+    configurator: Configurator,
+    registration: Registration,
+}
+
+impl Installer {
+    async fn turn(&mut self) {
+        let outcome = match self.install().await {
+            Ok(()) => self.announce().await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = outcome else { return };
+        tracing::error!("{error}");
+        if let Err(error) = std::fs::remove_file(READY)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::error!("remove {READY}: {error}");
+        }
+        // Where the API server cannot be reached the log has to do.
+        if let Err(error) = self.registration.label(Some("unfit")).await {
+            tracing::warn!("{error}");
+        }
+        if let Err(error) = self
+            .registration
+            .warn(error.reason(), &error.to_string())
+            .await
+        {
+            tracing::warn!("{error}");
+        }
+    }
+
+    async fn install(&mut self) -> Result<(), Error> {
+        check::print(&self.host)?;
+        let written = payload::copy(&self.payload, &self.host.path(PAYLOAD))?;
+        if written > 0 {
+            tracing::info!(files = written, to = PAYLOAD, "copied");
+        }
+        let process = Process::find(&self.host)?;
+        if self.configurator.configure(&self.host, &process)? {
+            tracing::info!(config = %process.config.display(), unit = process.unit, "restarting containerd");
+            containerd::restart(&self.host, &process)?;
+        }
+        if self.favor_moves {
+            match cgroup_moves::favor(&self.host, true) {
+                Ok(true) => tracing::info!("cgroups are mounted with favordynmods"),
+                Ok(false) => {}
+                Err(error) => tracing::warn!("{error}"),
+            }
+        }
+        Ok(())
+    }
+
+    async fn announce(&self) -> Result<(), Error> {
+        let begin = Instant::now();
+        let node = loop {
+            let node = self.registration.node().await?;
+            if registration::offers_runtime(&node) {
+                break node;
+            }
+            if begin.elapsed() > REPORT {
+                return Err(Error::NotReported);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        };
+        if registration::labelled(&node) != Some("ready") {
+            self.registration.label(Some("ready")).await?;
+            tracing::info!(label = registration::LABEL, "node is ready");
+        }
+        std::fs::write(READY, "").map_err(|source| Error::System {
+            step: "write the readiness file",
+            source,
+        })
+    }
+}

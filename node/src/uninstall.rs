@@ -1,0 +1,99 @@
+//! Takes everything off a node that the installer put there.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::cgroup_moves;
+use crate::containerd::{self, Configurator, Process};
+use crate::host::Host;
+use crate::install::PAYLOAD;
+use crate::registration::{self, Registration};
+
+/// The node cache and whatever else sock keeps on a node.
+const STATE: [&str; 2] = ["/var/lib/sock", "/run/sock"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "{0} sandboxes of sock still run on this node: delete the pods with runtimeClassName sock first"
+    )]
+    InUse(usize),
+    #[error(transparent)]
+    Containerd(#[from] containerd::Error),
+    #[error(transparent)]
+    Registration(#[from] registration::Error),
+    #[error(transparent)]
+    CgroupMoves(#[from] cgroup_moves::Error),
+    #[error("remove {path}: {source}")]
+    Remove {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{step}: {source}")]
+    System {
+        step: &'static str,
+        source: std::io::Error,
+    },
+}
+
+/// Undoes the installation, then stays, so that a DaemonSet does not start it over and over.
+pub fn run() -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::System {
+            step: "start the event loop",
+            source,
+        })?;
+    runtime.block_on(async {
+        let host = Host::from_environment();
+        let registration = Registration::connect().await?;
+        // Without the label no new pod comes here while the rest is undone.
+        registration.label(None).await?;
+        undo(&host)?;
+        tracing::info!("sock is off this node");
+        std::future::pending().await
+    })
+}
+
+fn undo(host: &Host) -> Result<(), Error> {
+    let sandboxes = shims(host);
+    if sandboxes > 0 {
+        return Err(Error::InUse(sandboxes));
+    }
+    let process = Process::find(host)?;
+    if Configurator::remove(host, &process)? {
+        tracing::info!(config = %process.config.display(), "restarting containerd");
+        containerd::restart(host, &process)?;
+    }
+    if cgroup_moves::favor(host, false)? {
+        tracing::info!("cgroups are mounted without favordynmods");
+    }
+    for path in [PAYLOAD].iter().chain(&STATE) {
+        let path = host.path(path);
+        match fs::remove_dir_all(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::Remove { path, source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Processes that were started from sock's files, also from ones that an upgrade has replaced since.
+fn shims(host: &Host) -> usize {
+    let Ok(entries) = fs::read_dir(host.processes()) else {
+        return 0;
+    };
+    entries
+        .filter_map(Result::ok)
+        .filter(|entry| {
+            fs::read_link(entry.path().join("exe")).is_ok_and(|program| {
+                program
+                    .to_string_lossy()
+                    .starts_with("/opt/sock/bin/containerd-shim-sock-v1")
+            })
+        })
+        .count()
+}
