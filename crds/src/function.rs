@@ -41,7 +41,7 @@ use crate::package_set::NodeFailure;
     validation = Rule::new("!has(self.source.inline) || self.handler.matches('^[^.]+[.][^.]+$')")
         .message(Message::Expression("'handler: ' + self.handler + ' names a module in a package, which inline code cannot have: use MODULE.FUNCTION'".into())),
     validation = Rule::new("!has(self.idle) || self.idle.freezeAfterMs <= self.idle.endAfterMs")
-        .message(Message::Expression("'idle: freezeAfterMs ' + string(self.idle.freezeAfterMs) + ' must not be more than endAfterMs ' + string(self.idle.endAfterMs)".into()))
+        .message("idle.freezeAfterMs: must not be more than idle.endAfterMs")
 )]
 pub struct FunctionSpec {
     /// Name of the PackageSet, in the same namespace, that it runs on.

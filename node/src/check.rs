@@ -268,6 +268,7 @@ pub fn print(host: &Host) -> Result<(), Unfit> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

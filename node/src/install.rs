@@ -13,8 +13,8 @@ use crate::registration::{self, Registration};
 /// Where the files of sock lie, in the image and on the host.
 pub const PAYLOAD: &str = "/opt/sock";
 
-/// A file of the installer's container that is there while the node is ready.
-const READY: &str = "/run/sock-node-ready";
+/// A file of the installer's container that is there while the node is as it was asked for.
+pub const READY: &str = "/run/sock-node-ready";
 
 const AGAIN: Duration = Duration::from_secs(60);
 

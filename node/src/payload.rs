@@ -139,6 +139,7 @@ pub fn write(to: &Path, mode: u32, bytes: &[u8]) -> Result<(), Error> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::os::unix::fs::MetadataExt as _;
 

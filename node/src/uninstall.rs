@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::cgroup_moves;
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
-use crate::install::PAYLOAD;
+use crate::install::{PAYLOAD, READY};
 use crate::registration::{self, Registration};
 
 /// The node cache and whatever else sock keeps on a node.
@@ -51,6 +51,10 @@ pub fn run() -> Result<(), Error> {
         // Without the label no new pod comes here while the rest is undone.
         registration.label(None).await?;
         undo(&host)?;
+        fs::write(READY, "").map_err(|source| Error::System {
+            step: "write the readiness file",
+            source,
+        })?;
         tracing::info!("sock is off this node");
         std::future::pending().await
     })
