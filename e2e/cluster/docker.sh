@@ -144,15 +144,10 @@ docker_undo() {
     [[ ! -d $each ]] || find "$each" -name cgroup.procs -exec cat {} + | sort -u | xargs -r kill -9 2>/dev/null || true
   done <"$STATE/host/absent-cgroups"
   firewall_restore
-  awk '{ print $2 }' /proc/mounts | grep -E "^($STATE/docker|$CACHE/docker)/" | sort -r | xargs -r umount -l
+  awk -v run="$STATE/docker/" -v data="$CACHE/docker/" 'index($2, run) == 1 || index($2, data) == 1 { print $2 }' /proc/mounts | sort -r | xargs -r umount -l
   cgroups_remove
   sysctls_restore
-  while read -r each; do
-    case $each in
-      /lib/modules) rmdir "$each" 2>/dev/null || true ;;
-      *) rm -rf --one-file-system "$each" ;;
-    esac
-  done <"$STATE/host/absent-paths"
+  while read -r each; do paths_remove "$each"; done <"$STATE/host/absent-paths"
   rm -rf "$STATE/docker" "$STATE/dockerd.pid" "$DOCKER_SOCKET" "$STATE/host"
 }
 
@@ -189,6 +184,18 @@ firewall_drop_empty_tables() {
     nft list table $table | grep -qE '^\s+(ip|ip6|meta|ct|iif|oif|jump|counter|xt|tcp|udp)\b' ||
       nft delete table $table
   done
+}
+
+# paths_remove DIRECTORY: what daemons leave behind in places that are not theirs alone: sockets that
+# nobody listens on any more, docker's key, empty directories. Anything else has another owner by now.
+paths_remove() {
+  local socket
+  [[ -d $1 ]] || return 0
+  find "$1" -xdev -type s -print | while read -r socket; do
+    grep -qF " $socket" /proc/net/unix || rm -f "$socket"
+  done
+  [[ $1 != /etc/docker ]] || rm -f "$1/key.json"
+  find "$1" -xdev -depth -type d -empty -delete
 }
 
 cgroups_remove() {
