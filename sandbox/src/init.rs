@@ -186,6 +186,8 @@ fn set_names(spec: &Spec) -> Result<()> {
 }
 
 fn loopback_up() -> Result<()> {
+    /// `SIOCSIFFLAGS` (netdevice(7)), in the type of this C library's ioctl.
+    const SET_FLAGS: libc::Ioctl = 0x8914;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).step("make", "socket")?;
     // SAFETY: an ifreq is plain data; all zeros is one without a name.
@@ -198,7 +200,7 @@ fn loopback_up() -> Result<()> {
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     }
     // SAFETY: a whole ifreq.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } == 0 {
+    if unsafe { libc::ioctl(socket.as_raw_fd(), SET_FLAGS, &raw const request) } == 0 {
         Ok(())
     } else {
         Err(std::io::Error::last_os_error()).step("bring up", "lo")

@@ -2,4 +2,16 @@
 //! requests, [`status`] tells what a pool's zygote has done. The binary wires them to containerd.
 
 pub mod activation;
+pub mod async_fd;
+pub mod children;
+pub mod container;
+pub mod events;
+pub mod home;
+pub mod log;
+pub mod pod;
+pub mod process;
+pub mod role;
+pub mod service;
 pub mod status;
+pub mod stdio;
+pub mod task;

@@ -1,2 +1,27 @@
-//! .
-fn main() {}
+//! `containerd-shim-sock-v1`: started by containerd, one for each pod.
+
+use std::time::Duration;
+
+use containerd_shim::Config;
+use sock_shim::service::Service;
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // The process must have one thread when it forks or changes namespaces: a thread that a library asks for
+        // during the start of the server is gone before the first call.
+        .thread_keep_alive(Duration::from_millis(1))
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("containerd-shim-sock-v1: cannot start: {e}");
+            std::process::exit(1);
+        }
+    };
+    let config = Config { no_setup_logger: true, no_reaper: true, ..Config::default() };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, containerd_shim::asynchronous::run::<Service>("io.containerd.sock.v1", Some(config)));
+    // Tasks that still wait for what will not come do not hold the process.
+    runtime.shutdown_background();
+}

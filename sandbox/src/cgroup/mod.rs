@@ -160,6 +160,22 @@ fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
     Path::new(point).join(path)
 }
 
+/// Where a hierarchy's `path` is found, the path taken as it is.
+fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> PathBuf {
+    for line in mounts.lines() {
+        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let left: Vec<&str> = left.split(' ').collect();
+        let right: Vec<&str> = right.split(' ').collect();
+        let (Some(mount_root), Some(point), Some(kind)) = (left.get(3), left.get(4), right.first()) else { continue };
+        let ours = if controllers.is_empty() { *kind == "cgroup2" } else { *kind == "cgroup" && right.get(2).is_some_and(|o| controllers.iter().all(|c| o.split(',').any(|x| x == c))) };
+        if ours {
+            let path = Path::new(path).strip_prefix(mount_root).unwrap_or(Path::new(path));
+            return Path::new(point).join(path.strip_prefix("/").unwrap_or(path));
+        }
+    }
+    PathBuf::new()
+}
+
 trait StripScope {
     fn strip_suffix_scope(&self) -> &Path;
 }
@@ -192,6 +208,31 @@ impl Cgroup {
                 Location::Path(_) => None,
             },
         }
+    }
+
+    /// The cgroup a process is in now.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn of_process(hierarchies: &Hierarchies, pid: i32) -> Result<Self> {
+        let path = format!("/proc/{pid}/cgroup");
+        let text = fs::read_to_string(&path).at("read", &path)?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
+        let directories = hierarchies
+            .list
+            .iter()
+            .filter_map(|h| Some((h.controllers.clone(), below_exactly(&mounts, &h.controllers, init_path(&text, &h.controllers)?))))
+            .collect();
+        Ok(Self { unified: hierarchies.unified, directories, scope: None })
+    }
+
+    /// On version 1 the directory of each hierarchy by the name a container sees (`memory`, `cpu,cpuacct`, `systemd`).
+    #[must_use]
+    pub fn version_1_directories(&self) -> Vec<(String, PathBuf)> {
+        if self.unified {
+            return Vec::new();
+        }
+        self.directories.iter().map(|(c, d)| (c.join(",").trim_start_matches("name=").to_string(), d.clone())).collect()
     }
 
     /// Makes the cgroup with `pid` in it, and sets its limits.

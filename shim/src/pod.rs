@@ -1,0 +1,140 @@
+//! The pod that this shim serves.
+
+use std::cell::{OnceCell, RefCell};
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim::asynchronous::ExitSignal;
+use containerd_shim::protos::events::task::{TaskExit, TaskOOM};
+use sock_sandbox::cgroup::Hierarchies;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::container::Container;
+use crate::events::Events;
+use crate::process::{Exit, Process};
+use crate::task::{Failure, timestamp};
+
+/// All that the shim knows.
+pub struct Pod {
+    /// Its containers by ID.
+    pub containers: RefCell<HashMap<String, Rc<Container>>>,
+    /// To containerd.
+    pub events: Events,
+    hierarchies: OnceCell<Hierarchies>,
+    exit: Arc<ExitSignal>,
+}
+
+impl Pod {
+    /// An empty one.
+    #[must_use]
+    pub fn new(events: Events, exit: Arc<ExitSignal>) -> Self {
+        Self { containers: RefCell::default(), events, hierarchies: OnceCell::new(), exit }
+    }
+
+    /// The machine's cgroup hierarchies.
+    ///
+    /// # Errors
+    /// There are none.
+    pub fn hierarchies(&self) -> Result<&Hierarchies, Failure> {
+        if let Some(found) = self.hierarchies.get() {
+            return Ok(found);
+        }
+        let found = Hierarchies::detect()?;
+        Ok(self.hierarchies.get_or_init(|| found))
+    }
+
+    /// A container by ID.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn container(&self, id: &str) -> Result<Rc<Container>, Failure> {
+        self.containers.borrow().get(id).cloned().ok_or_else(|| Failure::not_found(format!("container {id} is not here")))
+    }
+
+    /// A process by container and exec ID (empty: the first).
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn process(&self, id: &str, exec_id: &str) -> Result<Rc<Process>, Failure> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Ok(container.init.clone());
+        }
+        let found = container.execs.borrow().get(exec_id).cloned();
+        found.ok_or_else(|| Failure::not_found(format!("process {exec_id} of container {id} is not here")))
+    }
+
+    /// Follows a process that was started to its end.
+    pub fn watch(self: &Rc<Self>, container: Rc<Container>, process: Rc<Process>) {
+        let pod = self.clone();
+        tokio::task::spawn_local(async move {
+            let exit = process.reap().await;
+            if process.exec_id.is_empty() {
+                pod.end_of_container(&container).await;
+            }
+            pod.announce(&container, &process, exit);
+        });
+    }
+
+    /// After the first process: the others, whose ends are to be known before its own.
+    async fn end_of_container(&self, container: &Container) {
+        let oom = container.cgroup.borrow().as_ref().map_or(0, sock_sandbox::cgroup::Cgroup::oom_kills);
+        if oom > 0 {
+            self.events.publish(TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() });
+        }
+        if !container.own_processes()
+            && !matches!(container.role, crate::role::Role::Sandbox)
+            && let Some(cgroup) = container.cgroup.borrow().as_ref()
+            && let Err(e) = cgroup.kill()
+        {
+            tracing::warn!(container = container.id, error = %e, "processes may be left");
+        }
+        let execs: Vec<Rc<Process>> = container.execs.borrow().values().filter(|p| p.pid() != 0).cloned().collect();
+        for exec in execs {
+            let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
+        }
+    }
+
+    fn announce(&self, container: &Container, process: &Process, exit: Exit) {
+        let mut event = TaskExit::new();
+        event.set_container_id(container.id.clone());
+        event.set_id(if process.exec_id.is_empty() { container.id.clone() } else { process.exec_id.clone() });
+        event.set_pid(process.pid().unsigned_abs());
+        event.set_exit_status(exit.status);
+        event.set_exited_at(timestamp(exit.at));
+        self.events.publish(event);
+        process.finish(exit);
+    }
+
+    /// Ends the shim if nothing is left to serve.
+    pub async fn shutdown(&self) {
+        if !self.containers.borrow().is_empty() {
+            return;
+        }
+        self.events.flush(Duration::from_secs(3)).await;
+        self.exit.signal();
+    }
+
+    /// Reaps processes whose parents ended and which the kernel gave to this one, the nearest subreaper.
+    pub fn reap_orphans(self: Rc<Self>) {
+        let Ok(mut ended) = signal(SignalKind::child()) else { return };
+        tokio::task::spawn_local(async move {
+            while ended.recv().await.is_some() {
+                let known: HashSet<i32> = {
+                    let containers = self.containers.borrow();
+                    containers.values().flat_map(|c| c.execs.borrow().values().map(|e| e.pid()).chain([c.init.pid()]).collect::<Vec<_>>()).collect()
+                };
+                let Ok(children) = std::fs::read_to_string("/proc/thread-self/children") else { continue };
+                for pid in children.split_whitespace().filter_map(|p| p.parse::<i32>().ok()) {
+                    let orphan = !known.contains(&pid) && std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.rsplit(')').next().is_some_and(|r| r.trim_start().starts_with('Z')));
+                    if orphan && !crate::children::expected(pid) {
+                        // SAFETY: reaps one child; its status interests nobody.
+                        unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };
+                    }
+                }
+            }
+        });
+    }
+}

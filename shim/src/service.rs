@@ -1,0 +1,100 @@
+//! The three ways containerd runs this binary: `start`, the server itself, and `delete` after a crash.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim::asynchronous::publisher::RemotePublisher;
+use containerd_shim::asynchronous::{ExitSignal, Shim, spawn};
+use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
+use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
+
+use crate::events::Events;
+use crate::log;
+use crate::pod::Pod;
+use crate::task::{Jobs, TaskService, timestamp};
+
+/// Entry of the shim.
+pub struct Service {
+    exit: Arc<ExitSignal>,
+    id: String,
+    namespace: String,
+    bundle: PathBuf,
+    debug: bool,
+}
+
+/// Annotation that names the sandbox of a container (containerd, `pkg/cri/annotations`).
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// Reads a bundle's specification.
+///
+/// # Errors
+/// No file, or not a specification.
+pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
+    oci_spec::runtime::Spec::load(bundle.join("config.json")).map_err(|e| Error::Other(format!("{}: {e}", bundle.join("config.json").display())))
+}
+
+#[async_trait]
+impl Shim for Service {
+    type T = TaskService;
+
+    async fn new(_runtime_id: &str, args: &Flags, _config: &mut Config) -> Self {
+        let bundle = if args.bundle.is_empty() { std::env::current_dir().unwrap_or_else(|_| "/".into()) } else { (&args.bundle).into() };
+        Self { exit: Arc::new(ExitSignal::default()), id: args.id.clone(), namespace: args.namespace.clone(), bundle, debug: args.debug }
+    }
+
+    async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
+        let spec = load_spec(&self.bundle)?;
+        let group = spec.annotations().as_ref().and_then(|a| a.get(SANDBOX_ID).cloned()).unwrap_or_else(|| opts.id.clone());
+        let address = spawn(opts, &group, Vec::new()).await?;
+        // Lets the server remove its socket at the end.
+        std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError { context: "write address".into(), err: e })?;
+        Ok(address)
+    }
+
+    async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
+        // The server is gone. Whatever it left of this container is found by the cgroup.
+        if let Ok(spec) = load_spec(&self.bundle)
+            && let Some(path) = spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref())
+            && let (Ok(location), Ok(hierarchies)) = (Location::parse(&path.to_string_lossy()), Hierarchies::detect())
+        {
+            let cgroup = Cgroup::at(&hierarchies, &location);
+            for _ in 0..100 {
+                let _ = cgroup.kill();
+                if cgroup.processes().is_ok_and(|p| p.is_empty()) && cgroup.remove().is_ok() {
+                    break;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        }
+        if let Ok(address) = std::fs::read_to_string(self.bundle.join("address")) {
+            let _ = std::fs::remove_file(address.trim_start_matches("unix://"));
+        }
+        let mut response = DeleteResponse::new();
+        response.set_exit_status(128 + 9);
+        response.set_exited_at(timestamp(std::time::SystemTime::now()));
+        Ok(response)
+    }
+
+    async fn wait(&mut self) {
+        self.exit.wait().await;
+    }
+
+    async fn create_task_service(&self, _publisher: RemotePublisher) -> TaskService {
+        log::init(&self.bundle, &self.id, self.debug);
+        let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+        let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel();
+        let (exit, namespace) = (self.exit.clone(), self.namespace.clone());
+        // Everything of the pod lives on this one thread; the service that ttrpc calls only sends jobs to it.
+        tokio::task::spawn_local(async move {
+            let pod = Rc::new(Pod::new(Events::new(address, namespace), exit));
+            pod.clone().reap_orphans();
+            while let Some(job) = queue.recv().await {
+                let job: crate::task::Job = job;
+                tokio::task::spawn_local(job(pod.clone()));
+            }
+        });
+        TaskService::new(Jobs::new(jobs))
+    }
+}

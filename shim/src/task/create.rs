@@ -1,0 +1,143 @@
+//! `Create`: everything of a container but its program.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use containerd_shim::api::{CreateTaskRequest, CreateTaskResponse};
+use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use sock_sandbox::cgroup::{Cgroup, Location};
+use sock_sandbox::root::{Root, RootMount};
+use sock_sandbox::{HolderKind, Plan, Program, namespace};
+
+use super::Failure;
+use crate::children::Claim;
+use crate::container::Container;
+use crate::pod::Pod;
+use crate::process::Process;
+use crate::role::Role;
+use crate::service::load_spec;
+use crate::stdio::{self, Paths};
+
+/// containerd's word for what a container is.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+
+pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskResponse, Failure> {
+    let begun = std::time::Instant::now();
+    if pod.containers.borrow().contains_key(&request.id) {
+        return Err(Failure::exists(format!("container {} is there already", request.id)));
+    }
+    if !request.checkpoint.is_empty() {
+        return Err(Failure::unimplemented("restoring a checkpoint is not supported"));
+    }
+    let bundle = Path::new(&request.bundle).to_path_buf();
+    let spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
+    let role = match spec.annotations().as_ref().and_then(|a| a.get(CONTAINER_TYPE)).map(String::as_str) {
+        Some("sandbox") => Role::Sandbox,
+        _ => Role::Plain,
+    };
+    let paths = Paths { stdin: request.stdin.clone(), stdout: request.stdout.clone(), stderr: request.stderr.clone(), terminal: request.terminal };
+    let init = Rc::new(Process::new(String::new(), paths.clone()));
+    let container = Rc::new(Container {
+        id: request.id.clone(),
+        bundle: bundle.clone(),
+        init: init.clone(),
+        execs: std::cell::RefCell::default(),
+        cgroup: std::cell::RefCell::default(),
+        paused: std::cell::Cell::new(false),
+        role: role.clone(),
+        spec,
+    });
+    if role == Role::Sandbox
+        && let Some(path) = network(&container.spec)
+    {
+        // From here on every socket that the shim opens is the pod's.
+        namespace::join(namespace::open(&path)?, LinuxNamespaceType::Network)?;
+    }
+    let result = build(&pod, &container, &request, &paths).await;
+    if let Err(e) = result {
+        abandon(&container).await;
+        return Err(e);
+    }
+    pod.containers.borrow_mut().insert(request.id.clone(), container.clone());
+    let mut io = TaskIO::new();
+    (io.stdin, io.stdout, io.stderr, io.terminal) = (paths.stdin, paths.stdout, paths.stderr, paths.terminal);
+    let mut event = TaskCreate::new();
+    event.set_container_id(request.id.clone());
+    event.set_bundle(request.bundle);
+    event.set_rootfs(request.rootfs);
+    event.set_io(io);
+    event.set_pid(init.pid().unsigned_abs());
+    pod.events.publish(event);
+    tracing::debug!(container = request.id, micros = begun.elapsed().as_micros(), "created");
+    let mut response = CreateTaskResponse::new();
+    response.set_pid(init.pid().unsigned_abs());
+    Ok(response)
+}
+
+async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, paths: &Paths) -> Result<(), Failure> {
+    let spec = &container.spec;
+    let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+    let (streams, kept) = stdio::open(paths, uid)?;
+    *container.init.kept.borrow_mut() = kept;
+    let hierarchies = pod.hierarchies()?;
+    let location = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.cgroups_path().as_ref())
+        .map(|p| Location::parse(&p.to_string_lossy()))
+        .transpose()?
+        .unwrap_or_else(|| Location::Path(Path::new("sock").join(&container.id)));
+    let future = Cgroup::at(hierarchies, &location);
+    let launched = sock_sandbox::launch(Plan {
+        spec,
+        root: if container.role == Role::Sandbox { Root::Empty } else { root(&container.bundle, request) },
+        program: if container.role == Role::Sandbox { Program::Holder(HolderKind::Pod) } else { Program::Specified },
+        stdio: streams,
+        extra: Vec::new(),
+        mapping: None,
+        cgroups: future.version_1_directories(),
+    })?;
+    let launched = container.init.adopt(launched)?;
+    let _claim = Claim::new(launched.pid);
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    let cgroup = Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
+    if container.role == Role::Sandbox {
+        crate::home::enter(hierarchies, &cgroup);
+    }
+    *container.cgroup.borrow_mut() = Some(cgroup);
+    if let Some(score) = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj) {
+        sock_sandbox::launch::set_oom_score(launched.pid, score)?;
+    }
+    drop(launched);
+    container.init.create().await
+}
+
+fn network(spec: &Spec) -> Option<std::path::PathBuf> {
+    spec.linux().as_ref()?.namespaces().as_ref()?.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().clone().filter(|p| !p.as_os_str().is_empty())
+}
+
+fn root(bundle: &Path, request: &CreateTaskRequest) -> Root {
+    Root::Mounts {
+        target: bundle.join("rootfs"),
+        mounts: request
+            .rootfs
+            .iter()
+            .map(|m| RootMount { kind: m.type_.clone(), source: m.source.clone(), options: m.options.clone() })
+            .collect(),
+    }
+}
+
+/// Takes back what a failed creation has made.
+async fn abandon(container: &Container) {
+    if container.init.pid() != 0 {
+        let _claim = Claim::new(container.init.pid());
+        let _ = container.init.signal(libc::SIGKILL);
+        let exit = container.init.reap().await;
+        container.init.finish(exit);
+    }
+    let cgroup = container.cgroup.borrow().clone();
+    if let Some(cgroup) = cgroup {
+        super::delete::remove_cgroup(&cgroup).await;
+    }
+}

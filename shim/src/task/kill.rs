@@ -1,0 +1,50 @@
+//! `Kill`, `Pause`, `Resume`.
+
+use std::rc::Rc;
+
+use containerd_shim::api::{Empty, KillRequest, PauseRequest, ResumeRequest};
+use containerd_shim::protos::events::task::{TaskPaused, TaskResumed};
+
+use super::Failure;
+use crate::pod::Pod;
+use crate::process::Phase;
+
+pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Failure> {
+    let container = pod.container(&request.id)?;
+    let process = pod.process(&request.id, &request.exec_id)?;
+    let signal = i32::try_from(request.signal).ok().filter(|s| (0..=64).contains(s)).ok_or_else(|| Failure::invalid(format!("signal {} does not exist", request.signal)))?;
+    if request.all && request.exec_id.is_empty() {
+        let processes = container.cgroup.borrow().as_ref().map(sock_sandbox::cgroup::Cgroup::processes).transpose()?.unwrap_or_default();
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        for pid in processes.into_iter().filter(|p| *p != own) {
+            // SAFETY: sends a signal; the number was read from the container's cgroup just now.
+            unsafe { libc::kill(pid, signal) };
+        }
+        return Ok(Empty::new());
+    }
+    if process.phase() == Phase::Added {
+        return Err(Failure::precondition(format!("process {} was not started", request.exec_id)));
+    }
+    process.signal(signal)?;
+    Ok(Empty::new())
+}
+
+pub(super) async fn pause(pod: Rc<Pod>, request: PauseRequest) -> Result<Empty, Failure> {
+    let container = pod.container(&request.id)?;
+    if let Some(cgroup) = container.cgroup.borrow().as_ref() {
+        cgroup.freeze()?;
+    }
+    container.paused.set(true);
+    pod.events.publish(TaskPaused { container_id: request.id, ..TaskPaused::default() });
+    Ok(Empty::new())
+}
+
+pub(super) async fn resume(pod: Rc<Pod>, request: ResumeRequest) -> Result<Empty, Failure> {
+    let container = pod.container(&request.id)?;
+    if let Some(cgroup) = container.cgroup.borrow().as_ref() {
+        cgroup.thaw()?;
+    }
+    container.paused.set(false);
+    pod.events.publish(TaskResumed { container_id: request.id, ..TaskResumed::default() });
+    Ok(Empty::new())
+}
