@@ -9,7 +9,7 @@ HOST_SYSCTLS=(
   vm.overcommit_memory kernel.panic kernel.panic_on_oops kernel.keys.root_maxkeys kernel.keys.root_maxbytes
   fs.inotify.max_user_instances fs.inotify.max_user_watches
 )
-HOST_PATHS=(/lib/modules /etc/docker /run/docker /run/containerd /opt/containerd /var/lib/docker /var/lib/kubelet)
+HOST_PATHS=(/lib/modules /etc/docker/key.json /etc/docker /run/docker /run/containerd /opt/containerd /var/lib/docker /var/lib/kubelet)
 
 docker_is_ours() { [[ -e $STATE/host/ours ]]; }
 
@@ -190,11 +190,11 @@ firewall_drop_empty_tables() {
 # nobody listens on any more, docker's key, empty directories. Anything else has another owner by now.
 paths_remove() {
   local socket
+  if [[ $1 == */key.json ]]; then rm -f "$1"; fi
   [[ -d $1 ]] || return 0
   find "$1" -xdev -type s -print | while read -r socket; do
     grep -qF " $socket" /proc/net/unix || rm -f "$socket"
   done
-  [[ $1 != /etc/docker ]] || rm -f "$1/key.json"
   find "$1" -xdev -depth -type d -empty -delete
 }
 

@@ -14,7 +14,7 @@ node_image() {
     return
   fi
   local key name published
-  key=$(digest "$(tools_key)" "${NODE_PACKAGES[*]} $NODE_SUITE" "$HERE/node-image.sh" "$HERE/archive.py" "$HERE"/node/*)
+  key=$(digest "$(tools_key)" "${NODE_PACKAGES[*]} $NODE_SUITE" "$HERE"/{node-image.sh,roots.sh,archive.py} "$HERE"/node/*)
   name=sock/kind-node:$key
   if docker image inspect "$name" >/dev/null 2>&1; then
     tools kind kubernetes
@@ -38,16 +38,6 @@ node_image() {
 
 kind_source() {
   (cd "$TOOLS_SOURCE/node" && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)
-}
-
-# debian OUT.tar SUITE PACKAGE,...: a minimal Debian as a tar.
-debian() {
-  need mmdebstrap:mmdebstrap
-  quiet nice mmdebstrap --variant=minbase --format=tar --include="$3" \
-    --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
-    --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-    "$2" "$1.new"
-  mv "$1.new" "$1"
 }
 
 node_image_build() { # NAME KEY
@@ -109,20 +99,6 @@ node_files() { # ROOT
   tools_version k8s.io/kubernetes | tr -d '\n' >"$root/kind/version"
   install -m 644 "$HERE/node/network.yaml" "$root/kind/manifests/default-cni.yaml"
   install -m 644 "$HERE/node/storage.yaml" "$root/kind/manifests/default-storage.yaml"
-}
-
-# busybox_tree DIRECTORY: busybox with all its applets.
-busybox_tree() {
-  local applet
-  mkdir -p "$1"/{bin,sbin,dev,etc,home,proc,root,run,sys,tmp,usr/bin,usr/sbin,var}
-  chmod 1777 "$1/tmp"
-  install -m 755 /bin/busybox "$1/bin/busybox"
-  for applet in $(/bin/busybox --list-full); do
-    mkdir -p "$1/$(dirname "$applet")"
-    [[ -e $1/$applet || -L $1/$applet ]] || ln -s /bin/busybox "$1/$applet"
-  done
-  printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n' >"$1/etc/passwd"
-  printf 'root:x:0:\nnogroup:x:65534:\n' >"$1/etc/group"
 }
 
 # with_libraries ROOT TREE FILE...: copies programs of ROOT into TREE with the libraries they load.

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Wheels for the tests: pins a list of packages, and makes the index that serves them.
+
+    wheels.py pin NAME...                      prints `name==version --hash=sha256:...` for all that these need
+    wheels.py index WHEELS ROOT REQUIREMENTS...  downloads what the files pin into WHEELS, lays a simple index into ROOT
+
+A download happens once, through the machine's own pip; what is in WHEELS already is not asked for again.
+"""
+
+import hashlib
+import html
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"]
+TARGET = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp"]
+TARGET += [f"--abi={abi}" for abi in ("cp311", "abi3", "none")]
+TARGET += [f"--platform={platform}" for platform in PLATFORMS]
+
+
+def download(directory: Path, *what: str) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, *TARGET, f"--dest={directory}", *what], check=True)
+
+
+def digest(wheel: Path) -> str:
+    with wheel.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def project(wheel: Path) -> str:
+    """The normalized name of the wheel's project, as PEP 503 has it in addresses."""
+    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+
+
+def pin(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        download(Path(directory), *names)
+        for wheel in sorted(Path(directory).glob("*.whl"), key=project):
+            print(f"{project(wheel)}=={wheel.name.split('-')[1]} --hash=sha256:{digest(wheel)}")
+
+
+def pinned(requirements: list[Path]) -> set[str]:
+    return {found for file in requirements for found in re.findall(r"--hash=sha256:([0-9a-f]{64})", file.read_text())}
+
+
+def index(wheels: Path, root: Path, requirements: list[Path]) -> None:
+    wheels.mkdir(parents=True, exist_ok=True)
+    wanted = pinned(requirements)
+    present = {digest(wheel): wheel for wheel in wheels.glob("*.whl")}
+    if not wanted <= present.keys():
+        # Into a directory of its own first: a download that is killed leaves no half wheel behind.
+        with tempfile.TemporaryDirectory(dir=wheels.parent) as directory:
+            for file in requirements:
+                download(Path(directory), "--no-deps", "--require-hashes", f"--requirement={file}")
+            for wheel in Path(directory).glob("*.whl"):
+                wheel.rename(wheels / wheel.name)
+        present = {digest(wheel): wheel for wheel in wheels.glob("*.whl")}
+    missing = wanted - present.keys()
+    if missing:
+        sys.exit(f"no wheel has the hash {', '.join(sorted(missing))}")
+
+    projects: dict[str, list[str]] = {}
+    for sha256 in sorted(wanted):
+        wheel = present[sha256]
+        directory = root / "simple" / project(wheel)
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(wheel, directory / wheel.name)
+        name = html.escape(wheel.name)
+        projects.setdefault(project(wheel), []).append(f'<a href="{name}#sha256={sha256}">{name}</a><br>')
+    for name, links in projects.items():
+        write_page(root / "simple" / name, links)
+    write_page(root / "simple", [f'<a href="{name}/">{name}</a><br>' for name in sorted(projects)])
+
+
+def write_page(directory: Path, lines: list[str]) -> None:
+    body = "\n".join(lines)
+    (directory / "index.html").write_text(f"<!DOCTYPE html>\n<html><body>\n{body}\n</body></html>\n")
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["pin", *names] if names:
+            pin(names)
+        case ["index", wheels, root, *requirements] if requirements:
+            index(Path(wheels), Path(root), [Path(file) for file in requirements])
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
