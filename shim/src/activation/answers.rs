@@ -1,0 +1,123 @@
+//! The three answers that the shim gives itself: 429 when too many wait, 502 when a leaf ended before
+//! it answered or none can be started, 504 when a request took too long.
+
+use std::time::SystemTime;
+
+use super::decide::Answer;
+
+impl Answer {
+    /// HTTP status.
+    #[must_use]
+    pub fn status(self) -> u16 {
+        match self {
+            Answer::Overloaded => 429,
+            Answer::Crashed | Answer::Unstartable | Answer::Stopping => 502,
+            Answer::TimedOut => 504,
+        }
+    }
+
+    fn reason(self) -> &'static str {
+        match self.status() {
+            429 => "Too Many Requests",
+            502 => "Bad Gateway",
+            _ => "Gateway Timeout",
+        }
+    }
+
+    /// What the client reads.
+    fn error(self) -> &'static str {
+        match self {
+            Answer::Overloaded => "too many requests wait for an instance of this function",
+            Answer::Crashed => "the function's process ended before it answered",
+            Answer::Unstartable => "the function's process could not be started",
+            Answer::Stopping => "this instance of the function is stopping",
+            Answer::TimedOut => "the function did not answer in time",
+        }
+    }
+
+    /// The whole response. The connection ends with it, since nobody is left to read from it.
+    #[must_use]
+    pub fn render(self, request_id: &str, now: SystemTime) -> Vec<u8> {
+        let body =
+            serde_json::json!({ "error": self.error(), "requestId": request_id }).to_string();
+        let retry = if self == Answer::Overloaded {
+            "Retry-After: 1\r\n"
+        } else {
+            ""
+        };
+        format!(
+            "HTTP/1.1 {} {}\r\nDate: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{retry}Connection: close\r\n\r\n{body}",
+            self.status(),
+            self.reason(),
+            httpdate::fmt_http_date(now),
+            body.len(),
+        )
+        .into_bytes()
+    }
+}
+
+/// A name for one request, in the form that leaves use: 128 random bits in hex.
+#[must_use]
+pub fn request_id() -> String {
+    let mut bytes = [0u8; 16];
+    // The pool is ready long before a pod runs, and short reads do not happen below 256 bytes (getrandom(2)).
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    bytes
+        .iter()
+        .fold(String::with_capacity(32), |mut id, byte| {
+            id.push(char::from_digit(u32::from(byte >> 4), 16).unwrap_or('0'));
+            id.push(char::from_digit(u32::from(byte & 15), 16).unwrap_or('0'));
+            id
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_answer_is_a_complete_response() {
+        for answer in [
+            Answer::Overloaded,
+            Answer::Crashed,
+            Answer::Unstartable,
+            Answer::TimedOut,
+            Answer::Stopping,
+        ] {
+            let bytes = answer.render("abc", SystemTime::UNIX_EPOCH);
+            let text = String::from_utf8(bytes).expect("text");
+            let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
+            assert!(
+                head.starts_with(&format!("HTTP/1.1 {} ", answer.status())),
+                "{head}"
+            );
+            assert!(
+                head.contains("\r\nDate: Thu, 01 Jan 1970 00:00:00 GMT\r\n"),
+                "{head}"
+            );
+            assert!(
+                head.contains(&format!("\r\nContent-Length: {}\r\n", body.len())),
+                "{head}"
+            );
+            assert!(head.ends_with("\r\nConnection: close"), "{head}");
+            assert_eq!(
+                head.contains("\r\nRetry-After: 1\r\n"),
+                answer == Answer::Overloaded
+            );
+            let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
+            assert_eq!(body["requestId"], "abc");
+            assert!(
+                body["error"]
+                    .as_str()
+                    .is_some_and(|error| !error.is_empty())
+            );
+        }
+    }
+
+    #[test]
+    fn request_ids_differ() {
+        let (a, b) = (request_id(), request_id());
+        assert_eq!((a.len(), b.len()), (32, 32));
+        assert_ne!(a, b);
+    }
+}

@@ -1,0 +1,373 @@
+//! The life of one leaf: from the fork, or from the start of an interpreter, until nothing of it is
+//! left.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::set_socket_passcred;
+use sock_zygote::protocol::{self, Phase};
+use sock_zygote::{Arrived, Confining, Event, SetupFds};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+use super::cgroups::LeafCgroup;
+use super::decide::{Conn, Input, Leaf};
+use super::driver::Driver;
+use super::zygotes::{ForkError, Zygote};
+
+/// A zygote forks within milliseconds. One that takes this long is stuck.
+const FORKED_WITHIN: Duration = Duration::from_secs(5);
+/// So does a leaf enter the pod; the rest of the time allowed is the handler's.
+const CONFINED_WITHIN: Duration = Duration::from_secs(10);
+/// How long to wait for killed processes: what does not die by then hangs in the kernel.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
+/// Pauses between looks at a cgroup that is still in use.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
+
+/// Why a leaf is not, or no longer, there.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LeafError {
+    #[error("its cgroup: {0}")]
+    Cgroup(#[source] sock_sandbox::Error),
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    #[error(transparent)]
+    Zygote(#[from] sock_zygote::Error),
+    #[error("the interpreter did not start: {0:#}")]
+    Interpreter(anyhow::Error),
+    #[error("control channel: {0}")]
+    Channel(#[from] protocol::Error),
+    #[error("credentials on its control channel (SO_PASSCRED): {0}")]
+    Credentials(rustix::io::Errno),
+    #[error("{step} took longer than {} s", limit.as_secs())]
+    Late { step: &'static str, limit: Duration },
+}
+
+impl LeafError {
+    /// Whether the next fork would go the same way.
+    fn is_the_zygotes(&self) -> bool {
+        match self {
+            LeafError::Late { .. } => true,
+            LeafError::Fork(ForkError::Zygote(error)) => error.is_closed(),
+            _ => false,
+        }
+    }
+
+    /// What the author of a Function can mend, or whoever runs the cluster must know.
+    pub(super) fn line(&self) -> String {
+        match self {
+            LeafError::Zygote(sock_zygote::Error::Wire {
+                source: protocol::Error::Closed,
+                ..
+            }) => "the function's process ended before its handler was imported".to_owned(),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// How a leaf came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Origin {
+    /// Forked for this pod.
+    Fork,
+    /// Forked ahead.
+    Spare,
+    /// An interpreter of its own.
+    Interpreter,
+}
+
+/// Where the time went until a leaf was ready, in microseconds.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct StartTimes {
+    /// How it came to be.
+    pub origin: Origin,
+    /// In the zygote, by its word; 0 where it did not say so in time.
+    pub fork: u64,
+    /// From the decision until the leaf was told of its Function.
+    pub told: u64,
+    /// From there until it was confined.
+    pub confined: u64,
+    /// The steps of that, by the leaf's word.
+    pub phases: Vec<(String, u64)>,
+    /// Import of the handler, by the leaf's word.
+    pub import: u64,
+    /// From the decision until it was ready.
+    pub total: u64,
+}
+
+/// What the driver holds of a leaf.
+#[derive(Default)]
+pub(super) struct Slot {
+    /// Once it serves.
+    pub(super) leaf: RefCell<Option<Rc<sock_zygote::Leaf>>>,
+    pub(super) cgroup: RefCell<Option<Rc<dyn LeafCgroup>>>,
+    /// A connection given to it before it served.
+    pub(super) early: Cell<Option<Conn>>,
+    /// The connection it has.
+    pub(super) held: Cell<Option<Conn>>,
+    kill: Notify,
+    sockets: RefCell<Option<AbortHandle>>,
+}
+
+impl Slot {
+    /// Kills its processes and ends its task.
+    pub(super) fn kill(&self) {
+        if let Some(cgroup) = &*self.cgroup.borrow() {
+            kill(&**cgroup);
+        }
+        self.kill.notify_one();
+    }
+}
+
+fn kill(cgroup: &dyn LeafCgroup) {
+    if let Err(error) = cgroup.kill() {
+        tracing::warn!(%error, "cannot kill a leaf");
+    }
+}
+
+/// Runs a leaf from its start until its cgroup is removed.
+pub(super) async fn run(driver: Rc<Driver>, leaf: Leaf, slot: Rc<Slot>) {
+    let result = match driver.cgroups.make(&format!("leaf-{}", leaf.0)) {
+        Ok(cgroup) => {
+            slot.cgroup.replace(Some(Rc::clone(&cgroup)));
+            tokio::select! {
+                biased;
+                () = slot.kill.notified() => Ok(()),
+                result = live(&driver, leaf, &slot, &*cgroup) => result,
+            }
+        }
+        Err(error) => Err(LeafError::Cgroup(error)),
+    };
+    let started = slot.leaf.take().is_some();
+    if let Some(sockets) = slot.sockets.take() {
+        sockets.abort();
+    }
+    let cgroup = slot.cgroup.take();
+    if let Some(cgroup) = &cgroup {
+        wait_until_empty(leaf, &**cgroup).await;
+    }
+    match result {
+        Err(error) if started => tracing::warn!(leaf = leaf.0, %error, "leaf ended"),
+        Err(error) => driver.failed(leaf, &error.line()),
+        Ok(()) if !started => driver.failed(leaf, "the handler was not imported in time"),
+        Ok(()) => tracing::debug!(leaf = leaf.0, "leaf ended"),
+    }
+    driver.ended(leaf, &slot);
+    if let Some(cgroup) = &cgroup {
+        remove(leaf, &**cgroup).await;
+    }
+}
+
+/// Ends when the leaf does, with an error if it did not get as far as serving or broke the protocol.
+async fn live(
+    driver: &Rc<Driver>,
+    name: Leaf,
+    slot: &Rc<Slot>,
+    cgroup: &dyn LeafCgroup,
+) -> Result<(), LeafError> {
+    let begin = Instant::now();
+    let (entered, mut times) = enter(driver, name, slot, cgroup, begin).await?;
+    let (loading, mut sent) = entered;
+    if let Some(conn) = unsent(slot, &mut sent)
+        && let Some(socket) = driver.socket(conn)
+    {
+        loading.queue(conn.0, socket.as_fd())?;
+    }
+    let (leaf, import) = loading.ready().await?;
+    let leaf = Rc::new(leaf);
+    if let Some(conn) = unsent(slot, &mut sent)
+        && let Some(socket) = driver.socket(conn)
+    {
+        leaf.serve(conn.0, socket.as_fd())?;
+    }
+    slot.leaf.replace(Some(Rc::clone(&leaf)));
+    times.import = import;
+    times.total = micros(begin);
+    driver.started(name, times);
+    driver.input(Input::Ready(name));
+    loop {
+        let input = match leaf.event().await {
+            Ok(Event::Began { conn }) => Input::Began(name, Conn(conn)),
+            Ok(Event::Done { conn, status, .. }) => {
+                driver.answered(name, Conn(conn), status);
+                Input::Done(name, Conn(conn))
+            }
+            Ok(Event::Parked { conn }) => Input::Parked(name, Conn(conn)),
+            Ok(Event::Closed { conn }) => Input::Closed(name, Conn(conn)),
+            Err(error) if error.is_closed() => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        driver.input(input);
+    }
+}
+
+/// Gets a confined leaf: from a zygote, or, where there is none or it fails, from an interpreter.
+async fn enter(
+    driver: &Rc<Driver>,
+    name: Leaf,
+    slot: &Rc<Slot>,
+    cgroup: &dyn LeafCgroup,
+    begin: Instant,
+) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
+    if let Some(zygote) = driver.zygote().await {
+        match fork(driver, name, slot, cgroup, &*zygote, begin).await {
+            Ok(entered) => return Ok(entered),
+            Err(error) => {
+                tracing::warn!(
+                    leaf = name.0,
+                    error = error.line(),
+                    "no leaf by fork: a plain interpreter is started"
+                );
+                if error.is_the_zygotes() {
+                    zygote.give_up();
+                }
+            }
+        }
+        wait_until_empty(name, cgroup).await;
+    }
+    interpreter(driver, name, slot, cgroup, begin).await
+}
+
+async fn fork(
+    driver: &Rc<Driver>,
+    name: Leaf,
+    slot: &Rc<Slot>,
+    cgroup: &dyn LeafCgroup,
+    zygote: &dyn Zygote,
+    begin: Instant,
+) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
+    let forked = within("the fork", FORKED_WITHIN, zygote.fork(cgroup)).await??;
+    let sent = told(driver, name, slot, &forked.leaf)?;
+    let told = micros(begin);
+    let directory = cgroup.directory();
+    let confined = forked.leaf.confined(directory.as_deref());
+    let (loading, phases, listener) =
+        within("the way into the pod", CONFINED_WITHIN, confined).await??;
+    if let Some(listener) = listener {
+        let task = tokio::task::spawn_local(zygote.serve_sockets(listener));
+        slot.sockets.replace(Some(task.abort_handle()));
+    }
+    let origin = if forked.origin.is_some_and(|origin| origin.spare) {
+        Origin::Spare
+    } else {
+        Origin::Fork
+    };
+    let fork = forked.origin.map_or(0, |origin| origin.micros);
+    Ok(((loading, sent), times(origin, fork, told, begin, phases)))
+}
+
+async fn interpreter(
+    driver: &Rc<Driver>,
+    name: Leaf,
+    slot: &Rc<Slot>,
+    cgroup: &dyn LeafCgroup,
+    begin: Instant,
+) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
+    let (ours, theirs) = protocol::pair()?;
+    set_socket_passcred(&ours, true).map_err(LeafError::Credentials)?;
+    driver
+        .interpreter
+        .start(theirs, cgroup)
+        .await
+        .map_err(LeafError::Interpreter)?;
+    let leaf = Arrived::interpreter(ours)
+        .await?
+        .setup(&driver.cold_setup, &SetupFds::default())?;
+    let sent = told(driver, name, slot, &leaf)?;
+    let told = micros(begin);
+    let (loading, phases, _) = leaf.confined(None).await?;
+    Ok((
+        (loading, sent),
+        times(Origin::Interpreter, 0, told, begin, phases),
+    ))
+}
+
+/// The leaf knows its Function: a connection may be sent behind. Whether one was.
+fn told(driver: &Rc<Driver>, name: Leaf, slot: &Slot, leaf: &Confining) -> Result<bool, LeafError> {
+    driver.input(Input::There(name));
+    let mut sent = false;
+    if let Some(conn) = unsent(slot, &mut sent)
+        && let Some(socket) = driver.socket(conn)
+    {
+        leaf.queue(conn.0, socket.as_fd())?;
+    }
+    Ok(sent)
+}
+
+/// The connection given to the leaf early, once.
+fn unsent(slot: &Slot, sent: &mut bool) -> Option<Conn> {
+    let conn = slot.early.get().filter(|_| !*sent);
+    *sent |= conn.is_some();
+    conn
+}
+
+fn times(origin: Origin, fork: u64, told: u64, begin: Instant, phases: Vec<Phase>) -> StartTimes {
+    let phases = phases
+        .into_iter()
+        .take(32)
+        .map(|phase| (phase.name.chars().take(32).collect(), phase.micros))
+        .collect();
+    StartTimes {
+        origin,
+        fork,
+        told,
+        confined: micros(begin) - told,
+        phases,
+        import: 0,
+        total: 0,
+    }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+async fn within<T>(
+    step: &'static str,
+    limit: Duration,
+    future: impl Future<Output = T>,
+) -> Result<T, LeafError> {
+    tokio::time::timeout(limit, future)
+        .await
+        .map_err(|_| LeafError::Late { step, limit })
+}
+
+/// Kills what is left in the cgroup and waits until it is gone: only then can nobody write to the
+/// leaf's connection any more.
+async fn wait_until_empty(leaf: Leaf, cgroup: &dyn LeafCgroup) {
+    let until = Instant::now() + GONE_WITHIN;
+    let mut pause = PAUSE.0;
+    loop {
+        match cgroup.is_empty() {
+            Ok(true) => return,
+            Ok(false) => kill(cgroup),
+            Err(error) => {
+                tracing::warn!(leaf = leaf.0, %error, "cannot tell whether a leaf is gone")
+            }
+        }
+        if Instant::now() >= until {
+            tracing::warn!(leaf = leaf.0, "processes of a leaf do not die");
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+/// The kernel keeps a cgroup busy for a moment after its last process.
+async fn remove(leaf: Leaf, cgroup: &dyn LeafCgroup) {
+    let until = Instant::now() + GONE_WITHIN;
+    let mut pause = PAUSE.0;
+    while let Err(error) = cgroup.remove() {
+        if error.errno() != Some(libc::EBUSY) || Instant::now() >= until {
+            tracing::warn!(leaf = leaf.0, %error, "cannot remove the cgroup of a leaf");
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}

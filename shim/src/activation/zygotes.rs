@@ -1,0 +1,233 @@
+//! Where leaves come from: a zygote if one is there, the container's own interpreter if not.
+
+use std::cell::RefCell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::rc::Rc;
+
+use sock_zygote::protocol::LeafSetup;
+use sock_zygote::{
+    Arrived, Attachment, Confining, ForkOrigin, FunctionRoot, SealedSetup, SetupFds, inject_sockets,
+};
+use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
+
+use super::cgroups::LeafCgroup;
+
+/// A future that stays on its thread, behind a pointer.
+pub type Local<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// Why a zygote yields no leaf.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// The zygote or the way into the pod failed.
+    #[error(transparent)]
+    Zygote(#[from] sock_zygote::Error),
+    /// The leaf's cgroup cannot be entered.
+    #[error(transparent)]
+    Cgroup(#[from] sock_sandbox::Error),
+}
+
+/// Finds zygotes of one kind.
+pub trait Zygotes {
+    /// One that lives, or `None`. Quick while the one found last still lives.
+    fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>>;
+}
+
+/// A zygote that this pod's leaves can be forked from.
+pub trait Zygote {
+    /// A new leaf that has been told of its Function and is on its way into `cgroup`.
+    fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>>;
+    /// Makes the sockets that a leaf asks for on its seccomp listener, until the leaf is gone.
+    fn serve_sockets(&self, listener: OwnedFd) -> Local<'static, ()>;
+    /// No further leaf is to be asked of it.
+    fn give_up(&self);
+}
+
+/// A leaf just forked.
+#[derive(Debug)]
+pub struct Forked {
+    /// To go on with.
+    pub leaf: Confining,
+    /// How it came to be, if the zygote said so by then.
+    pub origin: Option<ForkOrigin>,
+}
+
+/// Starts the container's own command as a leaf.
+pub trait Interpreter {
+    /// Runs it in `cgroup` with `control` as descriptor 3. The shim kills it by its cgroup, and
+    /// whoever implements this reaps it.
+    fn start<'a>(
+        &'a self,
+        control: OwnedFd,
+        cgroup: &'a dyn LeafCgroup,
+    ) -> Local<'a, anyhow::Result<()>>;
+}
+
+/// What every leaf forked into this pod gets, whichever zygote it comes from.
+#[derive(Debug)]
+struct Pod {
+    mounts: OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+    setup: SealedSetup,
+    user: (u32, u32),
+}
+
+/// The zygotes behind the broker sockets of one directory.
+#[derive(Debug)]
+pub struct Pools {
+    directory: PathBuf,
+    pod: Rc<Pod>,
+    /// Held while one is looked for, so that several forks at once prepare one root.
+    attached: Mutex<Option<Rc<Attached>>>,
+}
+
+#[derive(Debug)]
+struct Attached {
+    attachment: Rc<Attachment>,
+    root: FunctionRoot,
+    pod: Rc<Pod>,
+    listening: RefCell<Option<AbortHandle>>,
+}
+
+impl Pools {
+    /// Looks in `directory` for brokers. `mounts` is the mount namespace of the Function's container,
+    /// `stdout` and `stderr` become those of each leaf.
+    ///
+    /// # Errors
+    /// When the setup cannot be written to a memory file.
+    pub fn new(
+        directory: PathBuf,
+        mounts: OwnedFd,
+        setup: &LeafSetup,
+        stdout: OwnedFd,
+        stderr: OwnedFd,
+    ) -> Result<Pools, ForkError> {
+        let user = (setup.uid, setup.gid);
+        let pod = Rc::new(Pod {
+            mounts,
+            stdout,
+            stderr,
+            setup: SealedSetup::new(setup)?,
+            user,
+        });
+        Ok(Pools {
+            directory,
+            pod,
+            attached: Mutex::new(None),
+        })
+    }
+
+    async fn find(&self) -> Option<Rc<Attached>> {
+        let mut attached = self.attached.lock().await;
+        if let Some(zygote) = attached.as_ref().filter(|zygote| zygote.is_alive()) {
+            return Some(Rc::clone(zygote));
+        }
+        *attached = None;
+        let found = match sock_zygote::attach(&self.directory).await {
+            Ok(found) => found?,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for a zygote");
+                return None;
+            }
+        };
+        if (found.uid, found.gid) != self.pod.user {
+            tracing::warn!(
+                path = %found.path.display(), zygote = found.uid, function = self.pod.user.0,
+                "zygote passed over: it runs as another user than this pod"
+            );
+            return None;
+        }
+        match FunctionRoot::prepare(self.pod.mounts.as_fd(), found.user_namespace.as_fd()) {
+            Ok(root) => {
+                let zygote = Rc::new(Attached::new(found, root, Rc::clone(&self.pod)));
+                *attached = Some(Rc::clone(&zygote));
+                Some(zygote)
+            }
+            Err(error) => {
+                tracing::warn!(path = %found.path.display(), %error, "zygote passed over: no root for its leaves");
+                None
+            }
+        }
+    }
+}
+
+impl Zygotes for Pools {
+    fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>> {
+        Box::pin(async { self.find().await.map(|zygote| zygote as Rc<dyn Zygote>) })
+    }
+}
+
+impl Attached {
+    fn new(attachment: Attachment, root: FunctionRoot, pod: Rc<Pod>) -> Attached {
+        let attachment = Rc::new(attachment);
+        let watched = Rc::clone(&attachment);
+        // Reads the zygote's answers beside the forks, and learns of its end while there are none.
+        let listening = tokio::task::spawn_local(async move {
+            let error = watched.zygote.ended().await;
+            tracing::info!(path = %watched.path.display(), %error, "zygote is gone");
+        });
+        Attached {
+            attachment,
+            root,
+            pod,
+            listening: RefCell::new(Some(listening.abort_handle())),
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        self.listening
+            .borrow()
+            .as_ref()
+            .is_some_and(|task| !task.is_finished())
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.give_up();
+    }
+}
+
+impl Zygote for Attached {
+    fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>> {
+        Box::pin(async move {
+            // The tree is cloned while the zygote forks: the first poll of `fork` sends the request.
+            let prepare = async {
+                let entrances = cgroup.entrances()?;
+                Ok::<_, ForkError>((self.root.clone_tree()?, entrances))
+            };
+            let fork = async { Ok(self.attachment.zygote.fork(false).await?) };
+            let ((arrived, origin), (tree, entrances)): ((Arrived, _), _) =
+                tokio::try_join!(biased; fork, prepare)?;
+            let fds = SetupFds {
+                root: Some(tree.as_fd()),
+                network: Some(self.root.network()),
+                cgroups: entrances.iter().map(AsFd::as_fd).collect(),
+                stdout: Some(self.pod.stdout.as_fd()),
+                stderr: Some(self.pod.stderr.as_fd()),
+            };
+            Ok(Forked {
+                leaf: arrived.setup(&self.pod.setup, &fds)?,
+                origin,
+            })
+        })
+    }
+
+    fn serve_sockets(&self, listener: OwnedFd) -> Local<'static, ()> {
+        let (uid, gid) = (self.attachment.uid, self.attachment.gid);
+        Box::pin(async move {
+            if let Err(error) = inject_sockets(listener, uid, gid).await {
+                tracing::warn!(%error, "a leaf gets no further sockets");
+            }
+        })
+    }
+
+    fn give_up(&self) {
+        if let Some(task) = self.listening.borrow_mut().take() {
+            task.abort();
+        }
+    }
+}
