@@ -1,0 +1,45 @@
+# One target per job. Scripts do the work; each says in its first lines what it is for.
+
+CLUSTER ?= sock
+export CLUSTER
+
+.PHONY: help build payload extension images cluster install lint unit e2e test clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: ## every program, for this machine
+	cargo build --locked --release
+
+payload: ## what the project's images hold, below target/
+	.ci/payload
+
+extension: ## the zygote's Python extension, for glibc and for musl
+	.ci/extension target/payload/opt/sock/lib
+
+images: payload ## archives of all images in target/images/
+	e2e/images/build target/archives
+
+cluster: ## a kind cluster (CLUSTER=name), made or reused
+	@e2e/cluster/up
+
+install: images cluster ## sock on the cluster, with the wheel index of the tests
+	e2e/cluster/install target/archives
+
+lint: ## all checks that run nothing
+	.ci/lint
+
+unit: ## unit tests and, as root, the integration tests that need no cluster
+	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension --exclude sock-bench
+
+e2e: install ## end-to-end tests on the cluster
+	cargo test --locked -p sock-e2e
+
+test: lint unit e2e ## the whole suite
+
+clean: ## the cluster and all that it changed on this machine; PURGE=1 drops the caches too
+	e2e/cluster/down $(if $(PURGE),--purge)
+
+distclean: ## every cluster, the caches, and target/
+	e2e/cluster/down --all --purge
+	cargo clean
