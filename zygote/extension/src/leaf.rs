@@ -1,0 +1,268 @@
+//! A leaf's life: from the fork, or the start of a plain interpreter, to serving.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use pyo3::prelude::*;
+use rustix::fs::fstat;
+use rustix::io::{Errno, pread};
+use rustix::process::{getgid, getuid};
+use sock_zygote_protocol::{self as protocol, FdRole, FromLeaf, LeafSetup, Received, ToLeaf};
+
+use crate::confine::{Fds, Phases, confine, prepare};
+use crate::http;
+use crate::python::Runtime;
+
+/// What a zygote sends to a spare, with its control channel: the channel is all there is to say.
+pub const ASSIGNED: bool = true;
+/// A larger setup is a mistake: the kernel passes no environment above 2 MiB to a program either.
+const MOST_SETUP: u64 = 4 * 1024 * 1024;
+/// Of a traceback, so that it fits one packet.
+const MOST_TRACEBACK: usize = 32 * 1024;
+/// Of the line for a person, which ends in a container's status (kubelet cuts at 4096).
+const MOST_MESSAGE: usize = 2048;
+
+/// Where a leaf comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Birth {
+    /// Forked for a request, with its control channel.
+    Fork,
+    /// Forked ahead: its channel leads to the zygote and brings the control channel later.
+    Spare,
+    /// Started by the shim inside the container.
+    Interpreter,
+}
+
+/// Why a leaf ends before it serves.
+enum End {
+    /// The shim has closed the channel, or asked for it.
+    Dismissed,
+    Failed {
+        message: String,
+        traceback: String,
+    },
+}
+
+impl End {
+    fn failed(message: impl ToString) -> End {
+        End::Failed {
+            message: message.to_string(),
+            traceback: String::new(),
+        }
+    }
+}
+
+impl From<protocol::Error> for End {
+    fn from(error: protocol::Error) -> End {
+        match error {
+            protocol::Error::Closed => End::Dismissed,
+            other => End::failed(format!("control channel: {other}")),
+        }
+    }
+}
+
+/// Lives and ends: a forked child must never return into the zygote's loop.
+pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) -> ! {
+    let mut phases = Phases::default();
+    let (control, prepared) = match birth {
+        Birth::Interpreter => (channel, Ok(())),
+        Birth::Fork => {
+            // Said first: the setup is then on its way while the namespaces are made.
+            let said = hello(&channel);
+            (
+                channel,
+                said.and_then(|()| prepare(&mut phases).map_err(End::failed)),
+            )
+        }
+        Birth::Spare => {
+            let prepared = prepare(&mut Phases::default()).map_err(End::failed);
+            let Ok(mut assigned) = protocol::receive::<bool>(&channel) else {
+                exit(py, runtime, 0)
+            };
+            let Some(control) = assigned.fds.pop() else {
+                exit(py, runtime, 0)
+            };
+            drop(channel);
+            let said = hello(&control);
+            (control, prepared.and(said))
+        }
+    };
+    if birth == Birth::Interpreter && hello(&control).is_err() {
+        exit(py, runtime, 0);
+    }
+    let status = match prepared.and_then(|()| become_leaf(py, runtime, &control, birth, phases)) {
+        Ok(server) => http::serve(py, runtime, &control, server),
+        Err(End::Dismissed) => 0,
+        Err(End::Failed { message, traceback }) => {
+            eprintln!(
+                "{}",
+                if traceback.is_empty() {
+                    &message
+                } else {
+                    &traceback
+                }
+                .trim_end()
+            );
+            let failed = FromLeaf::Failed {
+                message: cut(message, MOST_MESSAGE),
+                traceback: cut(traceback, MOST_TRACEBACK),
+            };
+            // Nobody else can be told.
+            let _ = protocol::send(&control, &failed, &[]);
+            1
+        }
+    };
+    exit(py, runtime, status)
+}
+
+/// Ends the process without finalising the interpreter: destructors of a forked heap full of packages
+/// take tens of milliseconds, write to pages that are shared until then, and may wait for threads
+/// that the fork did not carry over.
+pub fn exit(py: Python<'_>, runtime: &Runtime, status: i32) -> ! {
+    runtime.flush(py);
+    // SAFETY: ends the process; the streams were flushed.
+    unsafe { libc::_exit(status) }
+}
+
+fn hello(control: &OwnedFd) -> Result<(), End> {
+    protocol::send(control, &FromLeaf::Hello, &[]).map_err(End::from)
+}
+
+fn become_leaf(
+    py: Python<'_>,
+    runtime: &Runtime,
+    control: &OwnedFd,
+    birth: Birth,
+    mut phases: Phases,
+) -> Result<http::Server, End> {
+    let start = Instant::now();
+    let Received { message, fds, .. } = protocol::receive::<ToLeaf>(control)?;
+    let roles = match message {
+        ToLeaf::Setup { fds } => fds,
+        ToLeaf::Exit => return Err(End::Dismissed),
+        ToLeaf::Serve { .. } | ToLeaf::Park { .. } => {
+            return Err(End::failed("a connection came before the setup"));
+        }
+    };
+    phases.time("wait", || start);
+    let (setup, fds) = phases.time("setup", || sort(&roles, fds))?;
+    let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
+    if (uid, gid) != (setup.uid, setup.gid) {
+        let due = (setup.uid, setup.gid);
+        return Err(End::failed(format!(
+            "the leaf runs as user {uid}:{gid} where {}:{} is due",
+            due.0, due.1
+        )));
+    }
+    let listener =
+        confine(&setup, &fds, birth != Birth::Interpreter, &mut phases).map_err(End::failed)?;
+    drop(fds);
+    let list: Vec<BorrowedFd<'_>> = listener.iter().map(AsFd::as_fd).collect();
+    protocol::send(
+        control,
+        &FromLeaf::Confined {
+            phases: phases.into_list(),
+        },
+        &list,
+    )?;
+    // With a copy of its own listener it could answer itself.
+    drop(listener);
+
+    let explain = |error: PyErr| {
+        let explained = runtime.explain(py, &error);
+        End::Failed {
+            message: explained.line,
+            traceback: explained.traceback,
+        }
+    };
+    runtime
+        .enter(py, &setup.env, &setup.path, &setup.cwd, &setup.handler)
+        .map_err(explain)?;
+    if birth != Birth::Interpreter {
+        runtime.reseed(py).map_err(explain)?;
+    }
+    let begin = Instant::now();
+    let handler = runtime
+        .load_handler(py, &setup.handler, &setup.path)
+        .map_err(|e| {
+            if let Some(status) = Runtime::exit_status(py, &e) {
+                return End::failed(format!(
+                    "the import of handler {:?} ended the process with status {status}",
+                    setup.handler
+                ));
+            }
+            explain(e)
+        })?;
+    let import_micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+    if setup.threads > 0 {
+        runtime.allow_threads(py, setup.threads).map_err(explain)?;
+    }
+    protocol::send(control, &FromLeaf::Ready { import_micros }, &[])?;
+    Ok(http::Server::new(handler, setup))
+}
+
+/// Gives every descriptor its place, and reads the setup.
+fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, Fds), End> {
+    if roles.len() != list.len() {
+        return Err(End::failed(format!(
+            "{} descriptors came where {} were named",
+            list.len(),
+            roles.len()
+        )));
+    }
+    let mut fds = Fds::default();
+    let mut setup = None;
+    for (role, fd) in roles.iter().zip(list) {
+        let place = match role {
+            FdRole::Setup => &mut setup,
+            FdRole::Root => &mut fds.root,
+            FdRole::Network => &mut fds.network,
+            FdRole::Stdout => &mut fds.stdout,
+            FdRole::Stderr => &mut fds.stderr,
+            FdRole::Cgroup => {
+                fds.cgroups.push(fd);
+                continue;
+            }
+        };
+        if place.replace(fd).is_some() {
+            return Err(End::failed(format!("two descriptors are {role:?}")));
+        }
+    }
+    let file = setup.ok_or_else(|| End::failed("the setup has no memory file"))?;
+    let bytes = read(&file).map_err(|e| End::failed(format!("read the setup: {e}")))?;
+    let setup =
+        postcard::from_bytes(&bytes).map_err(|e| End::failed(format!("read the setup: {e}")))?;
+    Ok((setup, fds))
+}
+
+/// All leaves of a pod have the same open file, so its position is not used.
+fn read(file: &OwnedFd) -> Result<Vec<u8>, Errno> {
+    let size = u64::try_from(fstat(file)?.st_size).unwrap_or(u64::MAX);
+    if size > MOST_SETUP {
+        return Err(Errno::FBIG);
+    }
+    let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+    let mut at = 0;
+    while at < bytes.len() {
+        match pread(file, &mut bytes[at..], at as u64) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(n) => at += n,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(bytes)
+}
+
+/// The end of a text says more than its beginning: there is the error.
+fn cut(text: String, most: usize) -> String {
+    match text.len().checked_sub(most) {
+        None | Some(0) => text,
+        Some(mut from) => {
+            while !text.is_char_boundary(from) {
+                from += 1;
+            }
+            text[from..].to_owned()
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The functions of `runtime.py`, called from Rust.
+
+use std::ffi::CStr;
+
+use pyo3::exceptions::PySystemExit;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyList};
+
+/// `runtime.py`, compiled.
+pub struct Runtime {
+    module: Py<PyModule>,
+}
+
+/// What a person is told when Python code failed.
+pub struct Explained {
+    /// One line, with file and line number.
+    pub line: String,
+    /// The traceback.
+    pub traceback: String,
+}
+
+/// What a handler answered.
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+const SOURCE: &CStr =
+    match CStr::from_bytes_with_nul(concat!(include_str!("runtime.py"), "\0").as_bytes()) {
+        Ok(source) => source,
+        Err(_) => panic!("runtime.py holds a NUL"),
+    };
+
+impl Runtime {
+    pub fn load(py: Python<'_>) -> PyResult<Runtime> {
+        let module = PyModule::from_code(py, SOURCE, c"<sock>", c"sock_runtime")?;
+        Ok(Runtime {
+            module: module.unbind(),
+        })
+    }
+
+    pub fn clone_ref(&self, py: Python<'_>) -> Runtime {
+        Runtime {
+            module: self.module.clone_ref(py),
+        }
+    }
+
+    fn function<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+        self.module.bind(py).getattr(name)
+    }
+
+    pub fn become_zygote(&self, py: Python<'_>, path: &[String]) -> PyResult<()> {
+        self.function(py, "become_zygote")?
+            .call1((PyList::new(py, path)?,))
+            .map(drop)
+    }
+
+    pub fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "settle")?.call0().map(drop)
+    }
+
+    pub fn threads_of_python(&self, py: Python<'_>) -> PyResult<String> {
+        self.function(py, "threads_of_python")?.call0()?.extract()
+    }
+
+    /// What is left in the buffers of standard output would be written again by every child.
+    pub fn flush(&self, py: Python<'_>) {
+        // A closed or full standard output is no reason to stop.
+        let _ = self.function(py, "flush").and_then(|f| f.call0());
+    }
+
+    pub fn enter(
+        &self,
+        py: Python<'_>,
+        env: &[(String, String)],
+        path: &[String],
+        cwd: &str,
+        handler: &str,
+    ) -> PyResult<()> {
+        let variables = PyDict::new(py);
+        for (name, value) in env {
+            variables.set_item(name, value)?;
+        }
+        self.function(py, "enter")?
+            .call1((variables, PyList::new(py, path)?, cwd, handler))
+            .map(drop)
+    }
+
+    pub fn reseed(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "reseed")?.call0().map(drop)
+    }
+
+    pub fn allow_threads(&self, py: Python<'_>, count: u32) -> PyResult<()> {
+        self.function(py, "allow_threads")?
+            .call1((count,))
+            .map(drop)
+    }
+
+    pub fn load_handler(
+        &self,
+        py: Python<'_>,
+        handler: &str,
+        path: &[String],
+    ) -> PyResult<Py<PyAny>> {
+        Ok(self
+            .function(py, "load")?
+            .call1((handler, PyList::new(py, path)?))?
+            .unbind())
+    }
+
+    /// Never fails: what cannot be explained is shown as the exception shows itself.
+    pub fn explain(&self, py: Python<'_>, error: &PyErr) -> Explained {
+        let explained: PyResult<(String, String)> = self
+            .function(py, "explain")
+            .and_then(|f| f.call1((error.value(py),)))
+            .and_then(|r| r.extract());
+        match explained {
+            Ok((line, traceback)) => Explained { line, traceback },
+            Err(_) => Explained {
+                line: error.to_string(),
+                traceback: error.to_string(),
+            },
+        }
+    }
+
+    pub fn context<'py>(
+        &self,
+        py: Python<'py>,
+        request_id: &str,
+        about: (&str, &str, &str),
+        timeout_seconds: u32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (function, namespace, pod) = about;
+        self.function(py, "Context")?
+            .call1((request_id, function, namespace, pod, timeout_seconds))
+    }
+
+    /// Runs the handler. An error is either `SystemExit`, or a result that could not be taken apart.
+    pub fn call(
+        &self,
+        py: Python<'_>,
+        handler: &Py<PyAny>,
+        event: Bound<'_, PyDict>,
+        context: Bound<'_, PyAny>,
+    ) -> PyResult<Answer> {
+        let (status, headers, body): (u16, Vec<(String, String)>, Bound<'_, PyBytes>) = self
+            .function(py, "call")?
+            .call1((handler, event, context))?
+            .extract()?;
+        Ok(Answer {
+            status,
+            headers,
+            body: body.as_bytes().to_vec(),
+        })
+    }
+
+    /// The status that `SystemExit` asks for, as the interpreter would take it.
+    pub fn exit_status(py: Python<'_>, error: &PyErr) -> Option<i32> {
+        if !error.is_instance_of::<PySystemExit>(py) {
+            return None;
+        }
+        let code = error.value(py).getattr("code").ok()?;
+        if code.is_none() {
+            Some(0)
+        } else {
+            Some(code.extract().unwrap_or(1))
+        }
+    }
+}

@@ -1,0 +1,270 @@
+"""What a zygote and its leaves do in the language of their packages.
+
+The extension compiles this text when it starts, before anything is forked, and calls the functions
+below. Nothing here is imported by name, and nothing here reads a file.
+"""
+
+import os
+import sys
+import time
+
+# Libraries that would start threads while they are imported, and what keeps each from it. A thread
+# does not survive a fork; the leaf gives numeric libraries their threads back (see `allow_threads`).
+SINGLE_THREADED = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "BLIS_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+    "NUMEXPR_MAX_THREADS": "1",
+    "VECLIB_MAXIMUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "POLARS_MAX_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
+
+_HERE = __file__
+_pools = None
+
+
+def become_zygote(path):
+    os.environ.update(SINGLE_THREADED)
+    sys.path[:] = list(path) + [p for p in sys.path if p not in path]
+    # Anything that a leaf may need is loaded before the first fork.
+    import importlib.machinery  # noqa: F401
+    import json  # noqa: F401
+    import random  # noqa: F401
+    import traceback  # noqa: F401
+
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(line_buffering=True)
+
+
+def settle():
+    """After the last import: what exists now is shared by all leaves."""
+    global _pools
+    if "numpy" in sys.modules:
+        _pools = _find_pools()
+    import gc
+
+    gc.collect()
+    gc.freeze()
+
+
+def _find_pools():
+    try:
+        import threadpoolctl
+    except ImportError:
+        return None
+    return threadpoolctl.ThreadpoolController()
+
+
+def threads_of_python():
+    """Names of Python's own threads other than the main one, with the module of their function."""
+    threading = sys.modules.get("threading")
+    if threading is None:
+        return ""
+    found = []
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            target = getattr(thread, "_target", None) or type(thread)
+            found.append(f"{thread.name} ({getattr(target, '__module__', '?')})")
+    return ", ".join(found)
+
+
+def flush():
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                pass
+
+
+def enter(env, path, cwd, handler):
+    """Turns the process into one of the Function: environment, directory, import path."""
+    os.environ.clear()
+    os.environ.update(env)
+    if "TZ" in os.environ:
+        time.tzset()
+    os.chdir(cwd)
+    sys.argv[:] = [handler]
+    sys.path[:] = list(path) + [p for p in sys.path if p not in path]
+    # Its entries describe directories of the zygote's image, which is another root.
+    sys.path_importer_cache.clear()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.line_buffering:
+            stream.reconfigure(line_buffering=True)
+
+
+def reseed():
+    """Generators that a fork has copied. `random` and OpenSSL look after a fork by themselves, but
+    OpenSSL goes by the process number, which is 1 in every leaf."""
+    ssl = sys.modules.get("_ssl")
+    if ssl is not None:
+        ssl.RAND_add(os.urandom(32), 32.0)
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.seed()
+
+
+def allow_threads(count):
+    pools = _pools
+    if pools is None and "numpy" in sys.modules:
+        pools = _find_pools()
+    if pools is not None:
+        for pool in pools.lib_controllers:
+            if pool.num_threads != count:
+                pool.set_num_threads(count)
+
+
+class HandlerError(Exception):
+    """The Function names no handler that could be called. Its text says all; a traceback adds nothing."""
+
+
+def load(handler, path):
+    """Imports `module.attribute`."""
+    name, _, attribute = handler.rpartition(".")
+    if not name or not attribute:
+        raise HandlerError(f"handler {handler!r} is not of the form module.attribute")
+    _prefer(name.partition(".")[0], path)
+    try:
+        __import__(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise HandlerError(
+                f"handler {handler!r}: there is no module {error.name!r} in {', '.join(path)}"
+            ) from None
+        raise
+    module = sys.modules[name]
+    where = getattr(module, "__file__", None) or "built in"
+    try:
+        value = getattr(module, attribute)
+    except AttributeError:
+        raise HandlerError(f"handler {handler!r}: {where} defines no {attribute!r}") from None
+    if not callable(value):
+        raise HandlerError(f"handler {handler!r}: {attribute!r} in {where} is a {type(value).__name__}, not a function")
+    code = getattr(value, "__code__", None)
+    if code is not None and code.co_flags & 0x380:  # CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_ASYNC_GENERATOR
+        raise HandlerError(f"handler {handler!r} in {where} is async; it must be a plain function")
+    return value
+
+
+def _prefer(top, path):
+    """The Function's own module wins over one of the same name that the zygote has imported, as it
+    would if the interpreter had been started in its directory."""
+    module = sys.modules.get(top)
+    if module is None:
+        return
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec(top, list(path))
+    if spec is None or spec.origin is None:
+        return
+    known = getattr(module, "__spec__", None)
+    if known is None or known.origin != spec.origin:
+        for name in [n for n in sys.modules if n == top or n.startswith(top + ".")]:
+            del sys.modules[name]
+
+
+def explain(error):
+    """One line for a person, with the place, and the traceback without the frames of this file."""
+    import traceback
+
+    if isinstance(error, HandlerError):
+        return str(error), str(error)
+    frames = error.__traceback__
+    while frames is not None and _is_ours(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    line = traceback.format_exception_only(type(error), error)[-1].strip()
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}, line {error.lineno}"
+    else:
+        place = None
+        frame = frames
+        while frame is not None:
+            name = frame.tb_frame.f_code.co_filename
+            if not name.startswith("<frozen"):
+                place = f"{name}, line {frame.tb_lineno}"
+            frame = frame.tb_next
+    if place is not None:
+        line = f"{line} ({place})"
+    return line, "".join(traceback.format_exception(type(error), error, frames))
+
+
+def _is_ours(name):
+    return name == _HERE or name.startswith("<frozen importlib")
+
+
+class Context:
+    """What a handler may know of its request. See docs/design.md, "Handlers"."""
+
+    __slots__ = ("request_id", "function", "namespace", "pod", "timeout_seconds", "_end")
+
+    def __init__(self, request_id, function, namespace, pod, timeout_seconds):
+        self.request_id = request_id
+        self.function = function
+        self.namespace = namespace
+        self.pod = pod
+        self.timeout_seconds = timeout_seconds
+        self._end = time.monotonic() + timeout_seconds
+
+    def remaining_ms(self):
+        return max(0, int((self._end - time.monotonic()) * 1000))
+
+
+def call(handler, event, context):
+    """Runs the handler; yields status, headers and body."""
+    try:
+        return _answer(handler(event, context))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _, text = explain(error)
+        print(text, file=sys.stderr, end="" if text.endswith("\n") else "\n")
+        return 500, [("content-type", "application/json")], _json(
+            {"error": str(error), "type": type(error).__name__, "requestId": context.request_id}
+        )
+
+
+def _answer(result):
+    if isinstance(result, dict) and "statusCode" in result:
+        status = result["statusCode"]
+        if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 599:
+            raise ValueError(f"statusCode must be an integer from 200 to 599, not {status!r}")
+        headers = []
+        for name, value in (result.get("headers") or {}).items():
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                headers.append((str(name), str(one)))
+        kind, body = _body(result.get("body"))
+        if kind is not None and not any(name.lower() == "content-type" for name, _ in headers):
+            headers.append(("content-type", kind))
+        return status, headers, body
+    if result is None:
+        return 204, [], b""
+    kind, body = _body(result)
+    return 200, [("content-type", kind)], body
+
+
+def _body(value):
+    if value is None:
+        return None, b""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return "application/octet-stream", bytes(value)
+    if isinstance(value, str):
+        return "text/plain; charset=utf-8", value.encode()
+    return "application/json", _json(value)
+
+
+def _json(value):
+    import json
+
+    # NaN and Infinity are no JSON: a client would fail where the handler can still be told.
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

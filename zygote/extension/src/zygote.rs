@@ -1,0 +1,364 @@
+//! The zygote's event loop: import, then fork on request.
+//!
+//! It is one thread, because a fork carries over one thread only. Whoever speaks on an attached channel
+//! can ask for leaves and nothing else; a channel that carries anything else is dropped.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::AddressFamily;
+use rustix::net::sockopt::{socket_domain, socket_type};
+use sock_zygote_protocol::{
+    self as protocol, FromZygote, ModuleImport, Received, ToZygote, ZygoteSetup,
+};
+
+use crate::fork::{Error as ForkError, Forker, Side};
+use crate::leaf::{self, Birth};
+use crate::python::Runtime;
+
+/// A spare is replaced when nothing has been asked for this long: its fork would otherwise take the
+/// processor from the request that has just got the last one.
+const QUIET: Duration = Duration::from_millis(4);
+/// The same after a fork that the kernel refused: it is out of processes or memory.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// Channels of Functions' shims on one node. kubelet's own default limit is 110 pods.
+const MOST_CHANNELS: usize = 4096;
+/// Spares beyond this are a mistake in the setup.
+const MOST_SPARES: u32 = 64;
+
+/// Runs until the pool's shim closes `control`.
+pub fn run(py: Python<'_>, control: OwnedFd) -> PyResult<()> {
+    let runtime = Runtime::load(py)?;
+    let setup = match protocol::receive::<ToZygote>(&control) {
+        Ok(Received {
+            message: ToZygote::Configure(setup),
+            ..
+        }) => setup,
+        Ok(_) => {
+            return Err(PyRuntimeError::new_err(
+                "the first message was not Configure",
+            ));
+        }
+        Err(error) => return Err(PyRuntimeError::new_err(error.to_string())),
+    };
+    let spares = setup.spares.min(MOST_SPARES) as usize;
+    let ready = match warm(py, &runtime, &setup) {
+        Ok(ready) => ready,
+        Err(Refusal { module, message }) => {
+            let text = if module.is_empty() {
+                message.clone()
+            } else {
+                format!("{module}: {message}")
+            };
+            // If the shim is gone, the exception below still says it on standard error.
+            let _ = protocol::send(&control, &FromZygote::Refused { module, message }, &[]);
+            return Err(PyRuntimeError::new_err(text));
+        }
+    };
+    // No zombies and no wakeups: nobody asks for the status of a leaf here. Only now, because an
+    // import may have waited for children of its own.
+    // SAFETY: sets the action of a signal; SIG_IGN runs no code.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    let forker =
+        Forker::new().map_err(|e| PyRuntimeError::new_err(format!("prepare to fork: {e}")))?;
+    protocol::send(&control, &ready, &[]).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+    Zygote {
+        runtime,
+        forker,
+        control,
+        channels: Vec::new(),
+        spares: VecDeque::new(),
+        wanted: spares,
+    }
+    .serve(py)
+}
+
+struct Refusal {
+    module: String,
+    message: String,
+}
+
+/// Imports everything; yields `Ready`.
+fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZygote, Refusal> {
+    let refuse = |module: &str, error: &PyErr| {
+        let explained = runtime.explain(py, error);
+        eprintln!("{}", explained.traceback.trim_end());
+        Refusal {
+            module: module.to_owned(),
+            message: explained.line,
+        }
+    };
+    runtime
+        .become_zygote(py, &setup.path)
+        .map_err(|e| refuse("", &e))?;
+    let start = Instant::now();
+    let mut modules = Vec::with_capacity(setup.imports.len());
+    let mut threads = threads().unwrap_or(1);
+    for name in &setup.imports {
+        let begin = Instant::now();
+        py.import(name.as_str()).map_err(|e| refuse(name, &e))?;
+        modules.push(ModuleImport {
+            name: name.clone(),
+            micros: micros(begin),
+        });
+        let now = threads_of(name)?;
+        if now > threads && !setup.accepted_threads.contains(name) {
+            return Err(Refusal {
+                module: name.clone(),
+                message: thread_message(py, runtime, now - threads),
+            });
+        }
+        threads = now;
+    }
+    runtime.settle(py).map_err(|e| refuse("", &e))?;
+    Ok(FromZygote::Ready {
+        import_micros: micros(start),
+        modules,
+    })
+}
+
+fn threads() -> std::io::Result<usize> {
+    Ok(fs::read_dir("/proc/self/task")?.count())
+}
+
+fn threads_of(module: &str) -> Result<usize, Refusal> {
+    threads().map_err(|e| Refusal {
+        module: module.to_owned(),
+        message: format!("cannot count threads in /proc/self/task: {e}"),
+    })
+}
+
+fn thread_message(py: Python<'_>, runtime: &Runtime, count: usize) -> String {
+    let own = std::process::id().to_string();
+    let mut names: Vec<String> = fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .filter(|entry| entry.file_name().to_str() != Some(&own))
+        .filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect();
+    names.sort();
+    names.dedup();
+    let python = runtime.threads_of_python(py).unwrap_or_default();
+    let python = if python.is_empty() {
+        String::new()
+    } else {
+        format!("; Python's own: {python}")
+    };
+    format!(
+        "its import started {count} thread{} ({}{python}), which a fork does not carry over; \
+         keep it from starting threads at import, or add it to the accepted threads at your own risk",
+        if count == 1 { "" } else { "s" },
+        names.join(", ")
+    )
+}
+
+struct Zygote {
+    runtime: Runtime,
+    forker: Forker,
+    control: OwnedFd,
+    channels: Vec<OwnedFd>,
+    /// Their ends of private channels, over which each gets its control channel.
+    spares: VecDeque<OwnedFd>,
+    wanted: usize,
+}
+
+impl Zygote {
+    fn serve(mut self, py: Python<'_>) -> PyResult<()> {
+        let mut replenish_at = Instant::now();
+        loop {
+            py.check_signals()?;
+            let missing = self.spares.len() < self.wanted;
+            let wait = missing.then(|| replenish_at.saturating_duration_since(Instant::now()));
+            let events = self.look(py, wait)?;
+            // One spare at a time, so that a request that comes meanwhile waits for one fork at most.
+            if events.is_empty()
+                && missing
+                && replenish_at <= Instant::now()
+                && let Err(error) = self.add_spare(py)
+            {
+                stop_if_stranded(&error)?;
+                eprintln!("sock: no spare could be forked: {error}");
+                replenish_at = Instant::now() + AFTER_FAILURE;
+            }
+            if events.contains(&Ready::Control) && !self.control() {
+                // The pool is gone. Spares see their channels close; leaves belong to their shims.
+                self.runtime.flush(py);
+                // SAFETY: ends the process without finalising an interpreter full of packages, whose
+                // destructors have nothing to save and take long.
+                unsafe { libc::_exit(0) }
+            }
+            let mut gone = Vec::new();
+            for event in &events {
+                if let Ready::Channel(index) = *event {
+                    replenish_at = Instant::now() + QUIET;
+                    if !self.request(py, index)? {
+                        gone.push(index);
+                    }
+                }
+            }
+            for index in gone.into_iter().rev() {
+                self.channels.swap_remove(index);
+            }
+            self.spares.retain(alive);
+        }
+    }
+
+    /// Which sockets have something to say, in order of their index.
+    fn look(&self, py: Python<'_>, wait: Option<Duration>) -> PyResult<Vec<Ready>> {
+        let fds: Vec<BorrowedFd<'_>> = [&self.control]
+            .into_iter()
+            .chain(&self.channels)
+            .chain(&self.spares)
+            .map(AsFd::as_fd)
+            .collect();
+        let mut fds: Vec<PollFd<'_>> = fds
+            .iter()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        let wait = wait.and_then(|w| Timespec::try_from(w).ok());
+        // Threads that were accepted may go on.
+        match py.detach(|| poll(&mut fds, wait.as_ref())) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => {
+                return Err(PyRuntimeError::new_err(format!(
+                    "wait for requests (poll): {errno}"
+                )));
+            }
+        }
+        let spares_from = 1 + self.channels.len();
+        Ok(fds
+            .iter()
+            .enumerate()
+            .filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|(index, _)| match index {
+                0 => Ready::Control,
+                i if i < spares_from => Ready::Channel(i - 1),
+                _ => Ready::Spare,
+            })
+            .collect())
+    }
+
+    /// A message of the pool's shim. `false` when its channel has ended.
+    fn control(&mut self) -> bool {
+        match protocol::receive::<ToZygote>(&self.control) {
+            Ok(Received {
+                message: ToZygote::Attach,
+                mut fds,
+                ..
+            }) => {
+                if let (Some(channel), true) = (fds.pop(), fds.is_empty())
+                    && self.channels.len() < MOST_CHANNELS
+                    && is_channel(&channel)
+                    && ioctl_fionbio(&channel, true).is_ok()
+                {
+                    self.channels.push(channel);
+                }
+                true
+            }
+            Ok(_) => true,
+            Err(protocol::Error::Malformed(_) | protocol::Error::TooLarge) => true,
+            Err(error) => error.would_block(),
+        }
+    }
+
+    /// A message of a Function's shim. `false` when the channel is to be dropped.
+    fn request(&mut self, py: Python<'_>, index: usize) -> PyResult<bool> {
+        let start = Instant::now();
+        let (ticket, fresh, mut fds) = match protocol::receive::<ToZygote>(&self.channels[index]) {
+            Ok(Received {
+                message: ToZygote::Fork { ticket, fresh },
+                fds,
+                ..
+            }) => (ticket, fresh, fds),
+            Err(error) if error.would_block() => return Ok(true),
+            Ok(_) | Err(_) => return Ok(false),
+        };
+        let (Some(leaf), true) = (fds.pop(), fds.is_empty()) else {
+            return Ok(false);
+        };
+        if !is_channel(&leaf) {
+            return Ok(false);
+        }
+        let answer = match self.leaf(py, &leaf, fresh) {
+            Ok(spare) => FromZygote::Forked {
+                ticket,
+                spare,
+                micros: micros(start),
+            },
+            Err(error) => {
+                stop_if_stranded(&error)?;
+                FromZygote::ForkFailed {
+                    ticket,
+                    message: error.to_string(),
+                }
+            }
+        };
+        // A shim that does not read its answers loses its channel.
+        Ok(protocol::send(&self.channels[index], &answer, &[]).is_ok())
+    }
+
+    /// Gives the control channel to a spare or a new leaf; says if it was a spare.
+    fn leaf(&mut self, py: Python<'_>, channel: &OwnedFd, fresh: bool) -> Result<bool, ForkError> {
+        while let (false, Some(spare)) = (fresh, self.spares.pop_front()) {
+            if protocol::send(&spare, &leaf::ASSIGNED, &[channel.as_fd()]).is_ok() {
+                return Ok(true);
+            }
+        }
+        match self.forker.fork(py, &self.runtime, channel)? {
+            Side::Parent => Ok(false),
+            Side::Child(control) => leaf::run(py, &self.runtime, control, Birth::Fork),
+        }
+    }
+
+    fn add_spare(&mut self, py: Python<'_>) -> Result<(), ForkError> {
+        let (ours, theirs) = protocol::pair()
+            .map_err(|_| ForkError::Refused("make a channel (socketpair)", Errno::MFILE))?;
+        match self.forker.fork(py, &self.runtime, &theirs)? {
+            Side::Parent => {
+                self.spares.push_back(ours);
+                Ok(())
+            }
+            Side::Child(assignment) => leaf::run(py, &self.runtime, assignment, Birth::Spare),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ready {
+    Control,
+    Channel(usize),
+    Spare,
+}
+
+/// A spare says nothing: whatever can be read from it is its end.
+fn alive(spare: &OwnedFd) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    !matches!(poll(&mut [PollFd::new(spare, PollFlags::IN)], Some(&now)), Ok(n) if n > 0)
+}
+
+fn is_channel(fd: &OwnedFd) -> bool {
+    matches!(socket_domain(fd), Ok(AddressFamily::UNIX))
+        && matches!(socket_type(fd), Ok(rustix::net::SocketType::SEQPACKET))
+}
+
+fn stop_if_stranded(error: &ForkError) -> PyResult<()> {
+    match error {
+        ForkError::Stranded(_) => Err(PyRuntimeError::new_err(error.to_string())),
+        ForkError::Refused(..) => Ok(()),
+    }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
