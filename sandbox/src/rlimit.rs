@@ -1,13 +1,13 @@
 //! Resource limits (setrlimit(2)).
 
-use oci_spec::runtime::{PosixRlimit, PosixRlimitType};
+use oci_spec::runtime::{PosixRlimit, PosixRlimitType, Process};
 
 use crate::Result;
 use crate::error::Step;
 
 /// The number of a limit in `setrlimit(2)`.
 #[must_use]
-pub(crate) fn number(kind: PosixRlimitType) -> u32 {
+fn number(kind: PosixRlimitType) -> u32 {
     use PosixRlimitType as T;
     match kind {
         T::RlimitCpu => libc::RLIMIT_CPU as u32,
@@ -27,6 +27,12 @@ pub(crate) fn number(kind: PosixRlimitType) -> u32 {
         T::RlimitRtprio => libc::RLIMIT_RTPRIO as u32,
         T::RlimitRttime => libc::RLIMIT_RTTIME as u32,
     }
+}
+
+/// A process's limits as `(RLIMIT_*, soft, hard)`, for whoever sets them elsewhere.
+#[must_use]
+pub fn rlimits(process: &Process) -> Vec<(u32, u64, u64)> {
+    process.rlimits().iter().flatten().map(|l| (number(l.typ()), l.soft(), l.hard())).collect()
 }
 
 /// Sets each limit on the calling process. A hard limit that may not be raised (no `CAP_SYS_RESOURCE`)

@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sock_sandbox::cgroup::Cgroup;
 
 use crate::process::Process;
+use crate::role::Role;
 
 /// A container of the pod.
 pub struct Container {
@@ -18,6 +19,8 @@ pub struct Container {
     pub bundle: PathBuf,
     /// As containerd wrote it, with what its role changed.
     pub spec: Spec,
+    /// ID of the pod's sandbox, its own where there is none.
+    pub sandbox: String,
     /// Its first process.
     pub init: Rc<Process>,
     /// Further ones by exec ID.
@@ -27,7 +30,7 @@ pub struct Container {
     /// Whether it is paused.
     pub paused: Cell<bool>,
     /// What it is for.
-    pub role: crate::role::Role,
+    pub role: Role,
 }
 
 impl Container {
@@ -39,5 +42,15 @@ impl Container {
             .as_ref()
             .and_then(|l| l.namespaces().as_ref())
             .is_some_and(|list| list.iter().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())))
+    }
+
+    /// What the role does after the end of the first process, before anybody is told.
+    pub fn finish_role(&self, status: u32) {
+        match &self.role {
+            Role::Installer(installer) => installer.finish(status),
+            Role::Zygote(zygote) => zygote.finish(),
+            Role::Function(function) => function.finish(),
+            Role::Sandbox | Role::Plain => {}
+        }
     }
 }

@@ -31,3 +31,14 @@ pub fn leave() {
         tracing::warn!(error = %e, "the shim stays in its pod's cgroup");
     }
 }
+
+/// Moves a process to where the shim was started, because it has to outlive the pod.
+pub fn keep_out(pid: i32) {
+    BEFORE.with_borrow(|before| {
+        if let Some(before) = before
+            && let Err(e) = before.add(pid)
+        {
+            tracing::warn!(pid, error = %e, "stays in the pod's cgroup, and ends with it");
+        }
+    });
+}

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::container::Container;
 use crate::events::Events;
 use crate::process::{Exit, Process};
+use crate::role::Role;
 use crate::task::{Failure, timestamp};
 
 /// All that the shim knows.
@@ -72,20 +73,23 @@ impl Pod {
         tokio::task::spawn_local(async move {
             let exit = process.reap().await;
             if process.exec_id.is_empty() {
-                pod.end_of_container(&container).await;
+                pod.end_of_container(&container, exit).await;
             }
             pod.announce(&container, &process, exit);
         });
     }
 
     /// After the first process: the others, whose ends are to be known before its own.
-    async fn end_of_container(&self, container: &Container) {
+    async fn end_of_container(&self, container: &Container, exit: Exit) {
+        if let Role::Function(function) = &container.role {
+            function.stop(Duration::ZERO).await;
+        }
         let oom = container.cgroup.borrow().as_ref().map_or(0, sock_sandbox::cgroup::Cgroup::oom_kills);
         if oom > 0 {
             self.events.publish(TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() });
         }
         if !container.own_processes()
-            && !matches!(container.role, crate::role::Role::Sandbox)
+            && !matches!(container.role, Role::Sandbox)
             && let Some(cgroup) = container.cgroup.borrow().as_ref()
             && let Err(e) = cgroup.kill()
         {
@@ -95,6 +99,7 @@ impl Pod {
         for exec in execs {
             let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
         }
+        container.finish_role(exit.status);
     }
 
     fn announce(&self, container: &Container, process: &Process, exit: Exit) {

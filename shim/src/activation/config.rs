@@ -67,6 +67,26 @@ pub struct ZygoteName {
 }
 
 impl ZygoteName {
+    /// The annotations that every pod of a PackageSet has, a pool's too.
+    ///
+    /// # Errors
+    /// One is missing or not of its form.
+    pub fn from_annotations<S: std::hash::BuildHasher>(
+        annotations: &HashMap<String, String, S>,
+    ) -> Result<ZygoteName, AnnotationError> {
+        let need = |name: &'static str| {
+            let remedy = "let the operator make the pod, from a PackageSet or a Function";
+            let value = annotations.get(&format!("{PREFIX}{name}"));
+            value.map(String::as_str).ok_or(AnnotationError::Missing { name, remedy })
+        };
+        Ok(ZygoteName {
+            package_set: checked("package-set", need("package-set")?, is_name, NAME)?,
+            tenant: checked("tenant", need("tenant")?, is_hash, HASH)?,
+            lock: checked("lock", need("lock")?, is_hash, HASH)?,
+            digest: checked("digest", need("digest")?, is_hash, HASH)?,
+        })
+    }
+
     /// Where the pools' brokers listen, below `root` (`/run/sock/pools`).
     #[must_use]
     pub fn pools(&self, root: &Path) -> PathBuf {
@@ -146,17 +166,7 @@ impl FunctionConfig {
             )?,
             zygote: match get("digest") {
                 None => None,
-                Some(digest) => Some(ZygoteName {
-                    package_set: checked(
-                        "package-set",
-                        need("package-set", operator)?,
-                        is_name,
-                        NAME,
-                    )?,
-                    tenant: checked("tenant", need("tenant", operator)?, is_hash, HASH)?,
-                    lock: checked("lock", need("lock", operator)?, is_hash, HASH)?,
-                    digest: checked("digest", digest, is_hash, HASH)?,
-                }),
+                Some(_) => Some(ZygoteName::from_annotations(annotations)?),
             },
             port: number(
                 "port",

@@ -1,5 +1,6 @@
 //! `Create`: everything of a container but its program.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -16,11 +17,8 @@ use crate::container::Container;
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::role::Role;
-use crate::service::load_spec;
+use crate::service::{SANDBOX_ID, load_spec};
 use crate::stdio::{self, Paths};
-
-/// containerd's word for what a container is.
-const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 
 pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskResponse, Failure> {
     let begun = std::time::Instant::now();
@@ -31,11 +29,13 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
         return Err(Failure::unimplemented("restoring a checkpoint is not supported"));
     }
     let bundle = Path::new(&request.bundle).to_path_buf();
-    let spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
-    let role = match spec.annotations().as_ref().and_then(|a| a.get(CONTAINER_TYPE)).map(String::as_str) {
-        Some("sandbox") => Role::Sandbox,
-        _ => Role::Plain,
-    };
+    let mut spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
+    let role = Role::of(&request.id, &mut spec)?;
+    let mut extra = Vec::new();
+    if let Role::Zygote(zygote) = &role {
+        extra.push((3, zygote.isolate(&mut spec).await?));
+    }
+    let sandbox = spec.annotations().as_ref().and_then(|a| a.get(SANDBOX_ID).cloned()).unwrap_or_else(|| request.id.clone());
     let paths = Paths { stdin: request.stdin.clone(), stdout: request.stdout.clone(), stderr: request.stderr.clone(), terminal: request.terminal };
     let init = Rc::new(Process::new(String::new(), paths.clone()));
     let container = Rc::new(Container {
@@ -45,16 +45,17 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
         execs: std::cell::RefCell::default(),
         cgroup: std::cell::RefCell::default(),
         paused: std::cell::Cell::new(false),
-        role: role.clone(),
+        role,
         spec,
+        sandbox,
     });
-    if role == Role::Sandbox
+    if matches!(container.role, Role::Sandbox)
         && let Some(path) = network(&container.spec)
     {
         // From here on every socket that the shim opens is the pod's.
         namespace::join(namespace::open(&path)?, LinuxNamespaceType::Network)?;
     }
-    let result = build(&pod, &container, &request, &paths).await;
+    let result = build(&pod, &container, &request, &paths, extra).await;
     if let Err(e) = result {
         abandon(&container).await;
         return Err(e);
@@ -75,11 +76,14 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
     Ok(response)
 }
 
-async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, paths: &Paths) -> Result<(), Failure> {
+async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, paths: &Paths, extra: Vec<(i32, OwnedFd)>) -> Result<(), Failure> {
     let spec = &container.spec;
     let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
-    let (streams, kept) = stdio::open(paths, uid)?;
+    let (mut streams, kept) = stdio::open(paths, uid)?;
     *container.init.kept.borrow_mut() = kept;
+    if let Role::Function(function) = &container.role {
+        function.keep_output(std::mem::take(&mut streams))?;
+    }
     let hierarchies = pod.hierarchies()?;
     let location = spec
         .linux()
@@ -91,10 +95,13 @@ async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, pa
     let future = Cgroup::at(hierarchies, &location);
     let launched = sock_sandbox::launch(Plan {
         spec,
-        root: if container.role == Role::Sandbox { Root::Empty } else { root(&container.bundle, request) },
-        program: if container.role == Role::Sandbox { Program::Holder(HolderKind::Pod) } else { Program::Specified },
+        root: if matches!(container.role, Role::Sandbox) { Root::Empty } else { root(&container.bundle, request) },
+        program: match container.role {
+            Role::Sandbox | Role::Function(_) => Program::Holder(HolderKind::Pod),
+            _ => Program::Specified,
+        },
         stdio: streams,
-        extra: Vec::new(),
+        extra,
         mapping: None,
         cgroups: future.version_1_directories(),
     })?;
@@ -102,7 +109,7 @@ async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, pa
     let _claim = Claim::new(launched.pid);
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
     let cgroup = Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
-    if container.role == Role::Sandbox {
+    if matches!(container.role, Role::Sandbox) {
         crate::home::enter(hierarchies, &cgroup);
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
@@ -140,4 +147,5 @@ async fn abandon(container: &Container) {
     if let Some(cgroup) = cgroup {
         super::delete::remove_cgroup(&cgroup).await;
     }
+    container.finish_role(255);
 }

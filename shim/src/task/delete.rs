@@ -54,7 +54,7 @@ async fn end_created(process: &Process) -> Exit {
 async fn clean(container: &Container) {
     let cgroup = container.cgroup.borrow_mut().take();
     if let Some(cgroup) = cgroup {
-        if container.role == Role::Sandbox {
+        if matches!(container.role, Role::Sandbox) {
             crate::home::leave();
         }
         remove_cgroup(&cgroup).await;

@@ -32,7 +32,7 @@ pub(super) async fn exec(pod: Rc<Pod>, request: ExecProcessRequest) -> Result<Em
     Ok(Empty::new())
 }
 
-pub(super) async fn launch(_pod: &Pod, container: &Container, process: &Process) -> Result<(), Failure> {
+pub(super) async fn launch(container: &Container, process: &Process) -> Result<(), Failure> {
     if process.phase() != Phase::Added {
         return Err(Failure::precondition(format!("exec {} was started before", process.exec_id)));
     }

@@ -6,8 +6,10 @@ use containerd_shim::api::{Empty, KillRequest, PauseRequest, ResumeRequest};
 use containerd_shim::protos::events::task::{TaskPaused, TaskResumed};
 
 use super::Failure;
+use crate::container::Container;
 use crate::pod::Pod;
 use crate::process::Phase;
+use crate::role::Role;
 
 pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Failure> {
     let container = pod.container(&request.id)?;
@@ -25,7 +27,27 @@ pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Fa
     if process.phase() == Phase::Added {
         return Err(Failure::precondition(format!("process {} was not started", request.exec_id)));
     }
+    if request.exec_id.is_empty() && process.exited().is_none() && matches!(container.role, Role::Function(_)) {
+        return stop_function(container, signal);
+    }
     process.signal(signal)?;
+    Ok(Empty::new())
+}
+
+/// The holder of a Function's container ends with the last request: a polite signal closes the door and lets those inside finish.
+/// kubelet sends SIGKILL when the grace period is over.
+fn stop_function(container: Rc<Container>, signal: i32) -> Result<Empty, Failure> {
+    if signal == libc::SIGKILL {
+        container.init.signal(libc::SIGKILL)?;
+    } else if matches!(signal, libc::SIGTERM | libc::SIGINT | libc::SIGQUIT) {
+        tokio::task::spawn_local(async move {
+            if let Role::Function(function) = &container.role {
+                function.stop(function.timeout()).await;
+            }
+            // It may have ended by itself meanwhile.
+            let _ = container.init.signal(libc::SIGTERM);
+        });
+    }
     Ok(Empty::new())
 }
 

@@ -6,37 +6,88 @@ use containerd_shim::api::{StartRequest, StartResponse};
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskStart};
 
 use super::Failure;
+use crate::children::Claim;
+use crate::container::Container;
 use crate::pod::Pod;
+use crate::process::Process;
+use crate::role::Role;
 
 pub(super) async fn start(pod: Rc<Pod>, request: StartRequest) -> Result<StartResponse, Failure> {
     let container = pod.container(&request.id)?;
     let process = pod.process(&request.id, &request.exec_id)?;
-    let result = if request.exec_id.is_empty() { process.start().await } else { super::exec::launch(&pod, &container, &process).await };
-    if let Err(e) = result {
+    if request.exec_id.is_empty() {
+        first(&pod, container, &process).await?;
+    } else {
+        further(&pod, container, &process).await?;
+    }
+    let mut response = StartResponse::new();
+    response.set_pid(process.pid().unsigned_abs());
+    Ok(response)
+}
+
+async fn first(pod: &Rc<Pod>, container: Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
+    if let Err(e) = process.start().await {
+        bury(process).await;
+        return Err(e);
+    }
+    let ready = match &container.role {
+        Role::Zygote(zygote) => {
+            // Its end is followed while it warms up, but told only if the start was.
+            let ended = tokio::task::spawn_local({
+                let process = process.clone();
+                async move {
+                    let exit = process.reap().await;
+                    process.finish(exit);
+                }
+            });
+            let ready = zygote.warm_up(&container.sandbox, process).await;
+            ended.abort();
+            ready
+        }
+        Role::Function(function) => function.activate(&container).await,
+        _ => Ok(()),
+    };
+    if let Err(e) = ready {
+        if process.exited().is_none() {
+            let _ = process.signal(libc::SIGKILL);
+            bury(process).await;
+        }
+        if let Some(cgroup) = container.cgroup.borrow().as_ref()
+            && let Err(e) = cgroup.kill()
+        {
+            tracing::warn!(container = container.id, error = %e, "processes may be left");
+        }
+        container.finish_role(255);
+        return Err(e);
+    }
+    let mut event = TaskStart::new();
+    event.set_container_id(container.id.clone());
+    event.set_pid(process.pid().unsigned_abs());
+    pod.events.publish(event);
+    // Only now: its end must not be told before its start.
+    pod.watch(container, process.clone());
+    Ok(())
+}
+
+async fn further(pod: &Rc<Pod>, container: Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
+    if let Err(e) = super::exec::launch(&container, process).await {
         if process.pid() != 0 {
-            // The child has ended; containerd deletes what never ran.
-            let _claim = crate::children::Claim::new(process.pid());
-            let exit = process.reap().await;
-            process.finish(exit);
+            bury(process).await;
         }
         return Err(e);
     }
-    let pid = process.pid().unsigned_abs();
-    if request.exec_id.is_empty() {
-        let mut event = TaskStart::new();
-        event.set_container_id(request.id);
-        event.set_pid(pid);
-        pod.events.publish(event);
-    } else {
-        let mut event = TaskExecStarted::new();
-        event.set_container_id(request.id);
-        event.set_exec_id(request.exec_id);
-        event.set_pid(pid);
-        pod.events.publish(event);
-    }
-    // Only now: its end must not be told before its start.
-    pod.watch(container, process);
-    let mut response = StartResponse::new();
-    response.set_pid(pid);
-    Ok(response)
+    let mut event = TaskExecStarted::new();
+    event.set_container_id(container.id.clone());
+    event.set_exec_id(process.exec_id.clone());
+    event.set_pid(process.pid().unsigned_abs());
+    pod.events.publish(event);
+    pod.watch(container, process.clone());
+    Ok(())
+}
+
+/// A child that ended on its way: containerd deletes what never ran.
+async fn bury(process: &Process) {
+    let _claim = Claim::new(process.pid());
+    let exit = process.reap().await;
+    process.finish(exit);
 }

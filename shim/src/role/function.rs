@@ -1,0 +1,195 @@
+//! The container of a Function: a holder, and [`Activation`].
+//!
+//! While nobody calls, nothing of an interpreter is in it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use oci_spec::runtime::{Process as ProcessSpec, Spec};
+use sock_sandbox::{ExecPlan, Stdio, namespace, seccomp};
+use sock_zygote::protocol::{LeafSetup, Rlimit};
+
+use super::{POOLS, SITE_PACKAGES, add_payload, packages};
+use crate::activation::{Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Pools, Surroundings, Zygotes};
+use crate::children::Claim;
+use crate::container::Container;
+use crate::process::progress;
+use crate::task::Failure;
+
+/// Largest request body that a leaf accepts.
+const MAX_BODY: u64 = 32 << 20;
+/// Where a Function's code is mounted.
+const CODE: &str = "/srv/function";
+
+/// A Function's container.
+pub struct FunctionContainer {
+    config: FunctionConfig,
+    activation: RefCell<Option<Rc<Activation>>>,
+    /// What the handler writes goes here.
+    output: RefCell<Option<(OwnedFd, OwnedFd)>>,
+}
+
+impl FunctionContainer {
+    pub(super) fn prepare(spec: &mut Spec, annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+        let config = FunctionConfig::from_annotations(annotations).map_err(Failure::invalid)?;
+        let config = config.ok_or_else(|| Failure::invalid("annotation sock.dev/function is missing"))?;
+        add_payload(spec, config.zygote.as_ref().and_then(packages))?;
+        Ok(Self { config, activation: RefCell::default(), output: RefCell::default() })
+    }
+
+    /// Keeps the container's output for its leaves; the holder writes nothing.
+    ///
+    /// # Errors
+    /// `/dev/null` cannot be opened.
+    pub fn keep_output(&self, streams: Stdio) -> Result<(), Failure> {
+        let null = || std::fs::OpenOptions::new().write(true).open("/dev/null").map(OwnedFd::from);
+        let stdout = streams.stdout.map_or_else(null, Ok)?;
+        let stderr = streams.stderr.map_or_else(|| stdout.try_clone(), Ok)?;
+        *self.output.borrow_mut() = Some((stdout, stderr));
+        Ok(())
+    }
+
+    /// Listens, and returns when the handler was imported once.
+    ///
+    /// # Errors
+    /// The line that the author of the Function must mend.
+    pub async fn activate(&self, container: &Rc<Container>) -> Result<(), Failure> {
+        let mut setup = leaf_setup(&container.spec)?;
+        self.config.complete(&mut setup);
+        let (stdout, stderr) = match &*self.output.borrow() {
+            Some((out, err)) => (out.try_clone()?, err.try_clone()?),
+            None => return Err(Failure::precondition("the container has no output")),
+        };
+        let cgroup = container.cgroup.borrow().clone().ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
+        cgroup.delegate(container.init.pid())?;
+        let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
+            Some(name) => {
+                let mounts = namespace::of_process(container.init.pid(), "mnt")?;
+                let pools = Pools::new(name.pools(Path::new(POOLS)), mounts, &setup, stdout.try_clone()?, stderr.try_clone()?);
+                Some(Rc::new(pools.map_err(Failure::unknown)?))
+            }
+            None => None,
+        };
+        let interpreter = Rc::new(ContainerCommand { container: Rc::downgrade(container), stdout, stderr });
+        let surroundings = Surroundings::new(zygotes, interpreter, Rc::new(BelowContainer(cgroup)), setup);
+        let activation = Activation::start(&self.config, surroundings).await.map_err(Failure::unknown)?;
+        *self.activation.borrow_mut() = Some(Rc::new(activation));
+        Ok(())
+    }
+
+    /// Stops accepting and lets requests finish. Returns when no leaf is left.
+    pub async fn stop(&self, grace: Duration) {
+        let activation = self.activation.borrow().clone();
+        if let Some(activation) = activation {
+            activation.stop(grace).await;
+        }
+    }
+
+    /// How long a request may take at most.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.config.timeout
+    }
+
+    /// After the container's end.
+    pub fn finish(&self) {
+        self.activation.take();
+        self.output.take();
+    }
+}
+
+/// What leaves are told of the container, from its specification.
+fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
+    let process = spec.process().as_ref().ok_or_else(|| Failure::invalid("process is missing"))?;
+    let linux = spec.linux().as_ref();
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let from_containerd = |key: &str| annotations.get(&format!("io.kubernetes.cri.{key}")).cloned().unwrap_or_default();
+    let pod = from_containerd("sandbox-name");
+    let strings = |list: Option<&Vec<String>>| list.cloned().unwrap_or_default();
+    Ok(LeafSetup {
+        handler: String::new(),
+        path: vec![CODE.into(), SITE_PACKAGES.into()],
+        env: process.env().iter().flatten().filter_map(|e| e.split_once('=').map(|(n, v)| (n.to_string(), v.to_string()))).collect(),
+        cwd: process.cwd().to_string_lossy().into_owned(),
+        hostname: pod.chars().take(63).collect(),
+        function: String::new(),
+        namespace: from_containerd("sandbox-namespace"),
+        pod,
+        uid: process.user().uid(),
+        gid: process.user().gid(),
+        masked_paths: strings(linux.and_then(|l| l.masked_paths().as_ref())),
+        readonly_paths: strings(linux.and_then(|l| l.readonly_paths().as_ref())),
+        rlimits: sock_sandbox::rlimits(process).into_iter().map(|(resource, soft, hard)| Rlimit { resource, soft, hard }).collect(),
+        seccomp: match linux.and_then(|l| l.seccomp().as_ref()) {
+            Some(profile) => seccomp::Program::compile(profile)?.bytes(),
+            None => Vec::new(),
+        },
+        intercept_sockets: true,
+        single_request: false,
+        park_after_ms: 0,
+        max_body: MAX_BODY,
+        threads: threads(spec),
+        timeout_seconds: 0,
+    })
+}
+
+/// As many threads as the CPU limit has processors, at least one; without a limit the library decides.
+fn threads(spec: &Spec) -> u32 {
+    let cpu = spec.linux().as_ref().and_then(|l| l.resources().as_ref()).and_then(|r| r.cpu().as_ref());
+    let limit = cpu.and_then(|c| Some((u64::try_from(c.quota()?).ok()?, c.period().filter(|p| *p > 0)?)));
+    limit.filter(|(quota, _)| *quota > 0).map_or(0, |(quota, period)| u32::try_from(quota.div_ceil(period)).unwrap_or(0))
+}
+
+/// The container's own command, as a leaf without a zygote.
+struct ContainerCommand {
+    container: Weak<Container>,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+impl Interpreter for ContainerCommand {
+    fn start<'a>(&'a self, control: OwnedFd, cgroup: &'a dyn LeafCgroup) -> Local<'a, anyhow::Result<()>> {
+        Box::pin(async move {
+            let container = self.container.upgrade().ok_or_else(|| anyhow::anyhow!("the container is gone"))?;
+            let mut process: ProcessSpec = container.spec.process().clone().unwrap_or_default();
+            let mut env = process.env().clone().unwrap_or_default();
+            env.push("SOCK_CONTROL_FD=3".into());
+            process.set_env(Some(env)).set_terminal(Some(false));
+            let launched = sock_sandbox::exec(ExecPlan {
+                target: container.init.pid(),
+                process: &process,
+                seccomp: container.spec.linux().as_ref().and_then(|l| l.seccomp().as_ref()),
+                stdio: Stdio { stdin: None, stdout: Some(self.stdout.try_clone()?), stderr: Some(self.stderr.try_clone()?) },
+                extra: vec![(3, control)],
+                entrances: cgroup.entrances()?,
+            })?;
+            let claim = Claim::new(launched.pid);
+            launched.proceed()?;
+            let mut failed = None;
+            for start in [false, true] {
+                if start {
+                    launched.start()?;
+                }
+                if let sock_sandbox::Progress::Failed(e) = progress(&launched).await? {
+                    failed = Some(e);
+                    break;
+                }
+            }
+            let pidfd = crate::async_fd::watch(launched.pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
+            tokio::task::spawn_local(async move {
+                let _ = pidfd.readable().await;
+                // SAFETY: reaps a child that has ended.
+                unsafe { libc::waitpid(launched.pid, std::ptr::null_mut(), 0) };
+                drop(claim);
+            });
+            match failed {
+                Some(e) => Err(e.into()),
+                None => Ok(()),
+            }
+        })
+    }
+}

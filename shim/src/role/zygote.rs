@@ -1,0 +1,235 @@
+//! The container of a pool: a zygote without any privilege on the host.
+//!
+//! Its namespaces, the user namespace first of all, belong to a holder of their own, which outlives the pod while leaves
+//! forked from the zygote live: they are below its PID namespace. The holder therefore stays out of the pod's cgroup.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use oci_spec::runtime::{
+    Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction, LinuxSyscallBuilder, Spec,
+};
+use sock_sandbox::root::Root;
+use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, namespace};
+use sock_zygote::protocol::ZygoteSetup;
+use sock_zygote::{Broker, Zygote};
+
+use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages};
+use crate::activation::ZygoteName;
+use crate::children::Claim;
+use crate::process::{Process, progress};
+use crate::task::Failure;
+
+/// From the start of the interpreter to the last import. kubelet gives up after 120 s.
+const WARM_WITHIN: Duration = Duration::from_secs(90);
+
+/// System calls that a zygote needs to make leaves, and that default profiles keep for those with privileges on the host.
+const FORKING: [&str; 14] = [
+    "unshare", "setns", "mount", "umount2", "move_mount", "open_tree", "mount_setattr", "fsopen", "fsconfig", "fsmount", "chroot", "pivot_root",
+    "sethostname", "clone",
+];
+
+/// What the annotations say of a pool.
+pub struct ZygoteContainer {
+    name: ZygoteName,
+    setup: ZygoteSetup,
+    status_port: u16,
+    user: UserMapping,
+    holder: RefCell<Option<NamespaceHolder>>,
+    control: RefCell<Option<OwnedFd>>,
+    serving: RefCell<Vec<tokio::task::AbortHandle>>,
+    /// Whether it was warm once.
+    pub warm: Cell<bool>,
+}
+
+/// The process that keeps a zygote's namespaces.
+struct NamespaceHolder {
+    process: Launched,
+    user: OwnedFd,
+}
+
+impl ZygoteContainer {
+    pub(super) fn prepare(spec: &mut Spec, annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+        let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
+        let number = |key: &str, default: u32, most: u32| -> Result<u32, Failure> {
+            match annotations.get(&format!("sock.dev/{key}")) {
+                None => Ok(default),
+                Some(text) => text
+                    .parse()
+                    .ok()
+                    .filter(|n| *n <= most)
+                    .ok_or_else(|| Failure::invalid(format!("annotation sock.dev/{key}: {text:?}: give a number of at most {most}"))),
+            }
+        };
+        let setup = ZygoteSetup {
+            imports: modules(annotations, "imports")?,
+            path: vec![SITE_PACKAGES.into()],
+            spares: number("spares", 1, 64)?,
+            accepted_threads: modules(annotations, "accepted-threads")?,
+        };
+        let status_port = u16::try_from(number("status-port", 9464, 65535)?).unwrap_or(9464);
+        let packages = packages(&name);
+        if packages.is_none() {
+            return Err(Failure::precondition(format!("PackageSet {}: its packages are not in the node cache: see its install container", name.package_set)));
+        }
+        add_payload(spec, packages)?;
+        add_env(spec, "SOCK_CONTROL_FD", "3");
+        let user = spec.process().as_ref().map(|p| UserMapping { uid: p.user().uid(), gid: p.user().gid() });
+        let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
+        Ok(Self {
+            name,
+            setup,
+            status_port,
+            user,
+            holder: RefCell::default(),
+            control: RefCell::default(),
+            serving: RefCell::default(),
+            warm: Cell::new(false),
+        })
+    }
+
+    /// Makes the namespaces and puts the specification into them. Returns the zygote's end of its control channel.
+    ///
+    /// # Errors
+    /// The kernel refuses, for instance user namespaces.
+    pub async fn isolate(&self, spec: &mut Spec) -> Result<OwnedFd, Failure> {
+        let mut own = Spec::default();
+        own.set_mounts(None).set_hostname(spec.hostname().clone());
+        let mut process = spec.process().clone().unwrap_or_default();
+        process.set_cwd("/".into()).set_rlimits(None).set_terminal(Some(false));
+        process.set_capabilities(Some(capabilities(HashSet::new())?));
+        own.set_process(Some(process));
+        let mut linux = spec.linux().clone().unwrap_or_default();
+        let kinds = [
+            LinuxNamespaceType::User,
+            LinuxNamespaceType::Pid,
+            LinuxNamespaceType::Network,
+            LinuxNamespaceType::Ipc,
+            LinuxNamespaceType::Uts,
+            LinuxNamespaceType::Mount,
+        ];
+        let fresh = kinds.iter().map(|k| LinuxNamespaceBuilder::default().typ(*k).build()).collect::<Result<Vec<_>, _>>();
+        linux.set_namespaces(Some(fresh.map_err(Failure::unknown)?)).set_sysctl(None);
+        own.set_linux(Some(linux));
+        let launched = sock_sandbox::launch(Plan {
+            spec: &own,
+            root: Root::Empty,
+            program: Program::Holder(HolderKind::Descendants),
+            stdio: Stdio::default(),
+            extra: Vec::new(),
+            mapping: Some(self.user),
+            cgroups: Vec::new(),
+        })?;
+        let _claim = Claim::new(launched.pid);
+        crate::home::keep_out(launched.pid);
+        let made = async {
+            launched.proceed()?;
+            for step in ["make", "start"] {
+                if step == "start" {
+                    launched.start()?;
+                }
+                if let sock_sandbox::Progress::Failed(e) = progress(&launched).await? {
+                    return Err(Failure::unknown(format!("namespaces of the zygote: {e}: this node may forbid user namespaces")));
+                }
+            }
+            Ok(namespace::of_process(launched.pid, "user")?)
+        };
+        let user = made.await?;
+        let pid = launched.pid;
+        *self.holder.borrow_mut() = Some(NamespaceHolder { process: launched, user });
+
+        let (ours, theirs) = sock_zygote::protocol::pair().map_err(Failure::unknown)?;
+        *self.control.borrow_mut() = Some(ours);
+        let mut linux = spec.linux().clone().unwrap_or_default();
+        let joined = kinds.iter().map(|kind| {
+            let namespace = LinuxNamespaceBuilder::default().typ(*kind);
+            let file = match kind {
+                LinuxNamespaceType::User => "user",
+                LinuxNamespaceType::Pid => "pid",
+                LinuxNamespaceType::Network => "net",
+                LinuxNamespaceType::Ipc => "ipc",
+                LinuxNamespaceType::Uts => "uts",
+                _ => return namespace.build(),
+            };
+            namespace.path(format!("/proc/{pid}/ns/{file}")).build()
+        });
+        linux.set_namespaces(Some(joined.collect::<Result<Vec<_>, _>>().map_err(Failure::unknown)?));
+        // A new proc may be mounted for a leaf only while one is fully visible here (mount_too_revealing, fs/namespace.c).
+        // What it shows of the host is what any user without privileges may read.
+        linux.set_masked_paths(None).set_readonly_paths(None).set_sysctl(None);
+        if let Some(seccomp) = linux.seccomp().clone() {
+            let mut seccomp = seccomp;
+            let mut calls = seccomp.syscalls().clone().unwrap_or_default();
+            let allow = LinuxSyscallBuilder::default().names(FORKING.map(String::from)).action(LinuxSeccompAction::ScmpActAllow).build();
+            calls.push(allow.map_err(Failure::unknown)?);
+            seccomp.set_syscalls(Some(calls));
+            linux.set_seccomp(Some(seccomp));
+        }
+        spec.set_linux(Some(linux));
+        if let Some(process) = spec.process_mut() {
+            let needed = HashSet::from([Capability::SysAdmin, Capability::SysChroot, Capability::Setpcap]);
+            process.set_capabilities(Some(capabilities(needed)?)).set_terminal(Some(false));
+        }
+        Ok(theirs)
+    }
+
+    /// After the interpreter runs: waits until it is a zygote, then lets Functions' shims find it.
+    ///
+    /// # Errors
+    /// The line that the author of the PackageSet must mend.
+    pub async fn warm_up(&self, sandbox: &str, process: &Rc<Process>) -> Result<(), Failure> {
+        let control = self.control.take().ok_or_else(|| Failure::precondition("the zygote was started before"))?;
+        let set = &self.name.package_set;
+        let configured = tokio::select! {
+            configured = Zygote::configure(control, &self.setup) => configured.map_err(|e| e.to_string()),
+            exit = process.wait() => Err(format!("its interpreter ended with status {}: see the log of container zygote", exit.status)),
+            () = tokio::time::sleep(WARM_WITHIN) => Err(format!("importing {} took more than {} s", self.setup.imports.join(", "), WARM_WITHIN.as_secs())),
+        };
+        let (zygote, warm) = configured.map_err(|e| Failure::unknown(format!("PackageSet {set}: {e}")))?;
+        let user = match &*self.holder.borrow() {
+            Some(holder) => holder.user.try_clone()?,
+            None => return Err(Failure::precondition("the zygote has no namespaces")),
+        };
+        let path: PathBuf = Path::new(POOLS).join(&self.name.tenant).join(&self.name.digest).join(format!("{sandbox}.sock"));
+        let broker = Broker::listen(&path).map_err(Failure::unknown)?;
+        tracing::info!(package_set = set, micros = warm.import_micros, "zygote is warm");
+        let (uid, gid) = (self.user.uid, self.user.gid);
+        let serve = tokio::task::spawn_local(async move {
+            let reason = broker.serve(&zygote, user.as_fd(), uid, gid).await;
+            tracing::info!(error = %reason, "zygote is gone");
+        });
+        let tasks = vec![serve.abort_handle()];
+        *self.serving.borrow_mut() = tasks;
+        self.warm.set(true);
+        Ok(())
+    }
+
+    /// After the end of the interpreter.
+    pub fn finish(&self) {
+        for task in self.serving.take() {
+            task.abort();
+        }
+        if let Some(holder) = self.holder.take() {
+            // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
+            // SAFETY: sends a signal to a child by descriptor.
+            unsafe {
+                libc::syscall(libc::SYS_pidfd_send_signal, std::os::fd::AsRawFd::as_raw_fd(&holder.process.pidfd), libc::SIGTERM, std::ptr::null::<libc::siginfo_t>(), 0);
+            }
+        }
+    }
+}
+
+fn capabilities(set: HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapabilities, Failure> {
+    LinuxCapabilitiesBuilder::default()
+        .bounding(set.clone())
+        .permitted(set.clone())
+        .effective(set.clone())
+        .inheritable(set.clone())
+        .ambient(set)
+        .build()
+        .map_err(Failure::unknown)
+}
