@@ -1,0 +1,267 @@
+//! What pods tell: whether they are ready, what they mount, and why they do not run, in the one line that their
+//! author has to act on.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
+use kube::ResourceExt as _;
+use sock_crds::NodeFailure;
+
+/// How many failures a status lists.
+const MOST: usize = 10;
+
+/// Longest line that is kept, in characters.
+const LONGEST: usize = 1024;
+
+/// The failures of pods, in an order that does not change from one look to the next.
+pub fn failures<'a>(pods: impl IntoIterator<Item = &'a Pod>) -> Vec<NodeFailure> {
+    let mut failures: Vec<NodeFailure> = pods
+        .into_iter()
+        .filter_map(|pod| {
+            Some(NodeFailure {
+                node: pod
+                    .spec
+                    .as_ref()
+                    .and_then(|spec| spec.node_name.clone())
+                    .unwrap_or_default(),
+                pod: pod.name_any(),
+                message: failure(pod)?,
+            })
+        })
+        .collect();
+    failures.sort();
+    failures.truncate(MOST);
+    failures
+}
+
+/// Whether a pod is ready and stays.
+pub fn is_ready(pod: &Pod) -> bool {
+    pod.metadata.deletion_timestamp.is_none()
+        && pod.status.as_ref().is_some_and(|status| {
+            status
+                .conditions
+                .iter()
+                .flatten()
+                .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        })
+}
+
+/// The ConfigMaps that pods mount.
+pub fn mounted(pods: &[Pod]) -> BTreeSet<String> {
+    pods.iter()
+        .filter_map(|pod| pod.spec.as_ref())
+        .flat_map(|spec| spec.volumes.iter().flatten())
+        .filter_map(|volume| Some(volume.config_map.as_ref()?.name.clone()))
+        .collect()
+}
+
+/// Why this pod does not run; none if it does, or if nothing speaks against it yet.
+pub fn failure(pod: &Pod) -> Option<String> {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let status = pod.status.as_ref()?;
+    let containers = status
+        .init_container_statuses
+        .iter()
+        .flatten()
+        .chain(status.container_statuses.iter().flatten());
+    if let Some(line) = containers.filter_map(container_failure).next() {
+        return Some(line);
+    }
+    let unschedulable = status.conditions.iter().flatten().find(|condition| {
+        condition.type_ == "PodScheduled"
+            && condition.status == "False"
+            && condition.reason.as_deref() == Some("Unschedulable")
+    });
+    if let Some(condition) = unschedulable {
+        return condition.message.as_deref().map(line);
+    }
+    // Refused by kubelet before any container was made.
+    (status.phase.as_deref() == Some("Failed")).then(|| {
+        let reason = status.reason.as_deref().unwrap_or("Failed");
+        format!(
+            "{reason}: {}",
+            line(status.message.as_deref().unwrap_or("no message"))
+        )
+    })
+}
+
+fn container_failure(status: &ContainerStatus) -> Option<String> {
+    if status.ready {
+        return None;
+    }
+    let ended = |state: &Option<ContainerState>| {
+        let terminated = state.as_ref()?.terminated.as_ref()?;
+        (terminated.exit_code != 0).then(|| {
+            let signal = terminated.signal.map_or_else(
+                || format!("exit code {}", terminated.exit_code),
+                |signal| format!("signal {signal}"),
+            );
+            match (
+                terminated.message.as_deref().map(line),
+                terminated.reason.as_deref(),
+            ) {
+                (Some(message), _) if !message.is_empty() => message,
+                (_, Some(reason)) => format!("container {} ended: {reason}, {signal}", status.name),
+                _ => format!("container {} ended with {signal}", status.name),
+            }
+        })
+    };
+    if let Some(line) = ended(&status.state) {
+        return Some(line);
+    }
+    let waiting = status.state.as_ref()?.waiting.as_ref();
+    match waiting.map(|waiting| {
+        (
+            waiting.reason.as_deref().unwrap_or_default(),
+            waiting.message.as_deref(),
+        )
+    }) {
+        // Its own message only says that kubelet waits.
+        Some(("CrashLoopBackOff", _)) => ended(&status.last_state),
+        Some(("ContainerCreating" | "PodInitializing" | "", _)) => None,
+        Some((reason, message)) => Some(format!(
+            "{reason}: {}",
+            message.map(line).unwrap_or_default()
+        )),
+        // It runs again, or is about to: what ended it last still counts until it is ready.
+        None => ended(&status.last_state),
+    }
+}
+
+/// The last line of a message, without what containerd and kubelet put around it.
+pub fn line(message: &str) -> String {
+    let last = message
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty())
+        .unwrap_or_default();
+    let mut rest = last;
+    while let Some(stripped) = strip(rest) {
+        rest = stripped;
+    }
+    rest.chars().take(LONGEST).collect()
+}
+
+/// Takes one wrapping off, if there is one.
+fn strip(text: &str) -> Option<&str> {
+    const PLAIN: [&str; 7] = [
+        "failed to create containerd task: ",
+        "failed to create shim task: ",
+        "failed to create containerd container: ",
+        "failed to start shim task: ",
+        "failed to create task for container: ",
+        "failed to start task: ",
+        "Error: ",
+    ];
+    /// Followed by a quoted name and a colon.
+    const NAMED: [&str; 3] = [
+        "failed to start containerd task \"",
+        "failed to start container \"",
+        "failed to create containerd task \"",
+    ];
+    for prefix in PLAIN {
+        if let Some(rest) = text.strip_prefix(prefix) {
+            return Some(rest);
+        }
+    }
+    for prefix in NAMED {
+        if let Some((_, rest)) = text
+            .strip_prefix(prefix)
+            .and_then(|rest| rest.split_once("\": "))
+        {
+            return Some(rest);
+        }
+    }
+    if let Some(rest) = text.strip_prefix("rpc error: code = ") {
+        return Some(rest.split_once(" desc = ")?.1);
+    }
+    // The name of a gRPC code, at the end of every error that crossed containerd.
+    text.strip_suffix(": unknown")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn pod(status: serde_json::Value) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "name": "hello-1" },
+            "spec": { "nodeName": "worker", "containers": [] },
+            "status": status,
+        }))
+        .unwrap()
+    }
+
+    fn container(state: serde_json::Value, last: serde_json::Value) -> serde_json::Value {
+        json!([{ "name": "function", "image": "", "imageID": "", "ready": false, "restartCount": 1,
+                 "state": state, "lastState": last }])
+    }
+
+    #[test]
+    fn a_start_that_failed_gives_the_shims_own_words() {
+        let pod = pod(json!({ "containerStatuses": container(
+            json!({ "waiting": { "reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container" } }),
+            json!({ "terminated": { "exitCode": 128, "reason": "StartError", "message":
+                "failed to start containerd task \"ab12\": rpc error: code = Unknown desc = ModuleNotFoundError: No module named 'panda' (app.py:1): unknown" } }),
+        ) }));
+        assert_eq!(
+            failure(&pod).unwrap(),
+            "ModuleNotFoundError: No module named 'panda' (app.py:1)"
+        );
+    }
+
+    #[test]
+    fn a_log_gives_its_last_line() {
+        let pod = pod(json!({ "initContainerStatuses": container(
+            json!({ "terminated": { "exitCode": 1, "reason": "Error", "message": "resolving\nsix==1.17.0: hash differs\n\n" } }),
+            json!({}),
+        ) }));
+        assert_eq!(failure(&pod).unwrap(), "six==1.17.0: hash differs");
+    }
+
+    #[test]
+    fn an_end_without_words_is_described() {
+        let pod = pod(json!({ "containerStatuses": container(
+            json!({ "waiting": { "reason": "CrashLoopBackOff" } }),
+            json!({ "terminated": { "exitCode": 137, "reason": "OOMKilled" } }),
+        ) }));
+        assert_eq!(
+            failure(&pod).unwrap(),
+            "container function ended: OOMKilled, exit code 137"
+        );
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_pulled_is_said() {
+        let pod = pod(json!({ "containerStatuses": container(
+            json!({ "waiting": { "reason": "ErrImagePull", "message": "not found" } }), json!({}),
+        ) }));
+        assert_eq!(failure(&pod).unwrap(), "ErrImagePull: not found");
+    }
+
+    #[test]
+    fn a_pod_that_only_starts_has_no_failure() {
+        let waiting = json!({ "waiting": { "reason": "PodInitializing" } });
+        assert_eq!(
+            failure(&pod(
+                json!({ "containerStatuses": container(waiting, json!({})) })
+            )),
+            None
+        );
+        assert_eq!(failure(&pod(json!({ "phase": "Pending" }))), None);
+    }
+
+    #[test]
+    fn a_pod_without_a_node_says_why() {
+        let pod = pod(
+            json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+            "message": "0/3 nodes are available" }] }),
+        );
+        assert_eq!(failure(&pod).unwrap(), "0/3 nodes are available");
+    }
+}
