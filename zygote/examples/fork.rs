@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 
 use support::{Container, Function, Pool, connection, reply, shim, until, zygote_setup};
 
-const HELLO: &str = "def handler(event, context):\n    return {'hello': event['query'].get('name', 'world')}\n";
+const HELLO: &str =
+    "def handler(event, context):\n    return {'hello': event['query'].get('name', 'world')}\n";
 
 struct Options {
     count: usize,
@@ -63,9 +64,15 @@ fn main() {
 }
 
 async fn run(options: &Options) {
-    let source = options.handler.as_ref().map_or(HELLO.into(), |path| std::fs::read_to_string(path).unwrap());
-    let packages: Vec<(&Path, &str)> =
-        options.packages.iter().map(|dir| (dir.as_path(), "/opt/sock-packages")).collect();
+    let source = options
+        .handler
+        .as_ref()
+        .map_or(HELLO.into(), |path| std::fs::read_to_string(path).unwrap());
+    let packages: Vec<(&Path, &str)> = options
+        .packages
+        .iter()
+        .map(|dir| (dir.as_path(), "/opt/sock-packages"))
+        .collect();
     let image = Container::new(&[], &packages);
     let imports: Vec<&str> = options.imports.iter().map(String::as_str).collect();
     let mut setup = zygote_setup(&imports);
@@ -73,22 +80,43 @@ async fn run(options: &Options) {
     if options.packages.is_some() {
         setup.path = vec!["/opt/sock-packages".into()];
     }
-    let pool = Pool::with_python(&image, &setup, &options.python).await.unwrap_or_else(|e| panic!("zygote: {e}"));
+    let pool = Pool::with_python(&image, &setup, &options.python)
+        .await
+        .unwrap_or_else(|e| panic!("zygote: {e}"));
     let status = std::fs::read_to_string(format!("/proc/{}/status", pool.process.pid())).unwrap();
-    let rss = status.lines().find(|l| l.starts_with("VmRSS")).unwrap_or_default();
-    println!("zygote: imported in {:.1} ms, {rss}", pool.warm.import_micros as f64 / 1000.0);
+    let rss = status
+        .lines()
+        .find(|l| l.starts_with("VmRSS"))
+        .unwrap_or_default();
+    println!(
+        "zygote: imported in {:.1} ms, {rss}",
+        pool.warm.import_micros as f64 / 1000.0
+    );
 
     let mut function = Function::new(&pool, &source, &packages);
     function.setup.path[1] = "/opt/sock-packages".into();
     function.setup.single_request = true;
-    function.setup.seccomp = options.profile.as_ref().map(|path| std::fs::read(path).unwrap()).unwrap_or_default();
+    function.setup.seccomp = options
+        .profile
+        .as_ref()
+        .map(|path| std::fs::read(path).unwrap())
+        .unwrap_or_default();
     let mut table: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     let mut note = |name: &str, micros: f64| table.entry(name.into()).or_default().push(micros);
     let micros = |from: Instant, to: Instant| to.duration_since(from).as_secs_f64() * 1e6;
     for round in 0..options.count {
         let (mut client, served) = connection();
-        client.write_all(b"GET /?name=sock HTTP/1.1\r\nhost: here\r\n\r\n").unwrap();
-        let running = function.leaf(&pool.channel, options.spares == 0, Some((1, served.as_fd()))).await.unwrap();
+        client
+            .write_all(b"GET /?name=sock HTTP/1.1\r\nhost: here\r\n\r\n")
+            .unwrap();
+        let running = function
+            .leaf(
+                &pool.channel,
+                options.spares == 0,
+                Some((1, served.as_fd())),
+            )
+            .await
+            .unwrap();
         drop(served);
         let answer = reply(&mut client);
         let answered = Instant::now();
@@ -100,7 +128,10 @@ async fn run(options: &Options) {
         note("= fork to answer", micros(times.start, answered));
         note("1 setup, clone tree", micros(times.start, times.tree));
         note("2 fork until hello", micros(times.tree, times.hello));
-        note("3 hello until confined", micros(times.hello, times.confined));
+        note(
+            "3 hello until confined",
+            micros(times.hello, times.confined),
+        );
         note("4 import, ready", micros(times.confined, times.ready));
         note("5 ready until answer", micros(times.ready, answered));
         for phase in &running.phases {
@@ -108,17 +139,40 @@ async fn run(options: &Options) {
         }
         note("  4 import", running.import_micros as f64);
         if let Some(origin) = running.origin {
-            note(if origin.spare { "  2 zygote (spare)" } else { "  2 zygote (fork)" }, origin.micros as f64);
+            note(
+                if origin.spare {
+                    "  2 zygote (spare)"
+                } else {
+                    "  2 zygote (fork)"
+                },
+                origin.micros as f64,
+            );
         }
-        until(&running.leaf, |e| matches!(e, sock_zygote::Event::Parked { .. })).await;
+        until(&running.leaf, |e| {
+            matches!(e, sock_zygote::Event::Parked { .. })
+        })
+        .await;
         assert!(running.leaf.event().await.is_err());
         // Spares are replaced while it is quiet; without them it is to be quiet for the next as well.
-        tokio::time::sleep(Duration::from_millis(if options.spares > 0 { 25 } else { 5 })).await;
+        tokio::time::sleep(Duration::from_millis(if options.spares > 0 {
+            25
+        } else {
+            5
+        }))
+        .await;
     }
-    println!("{:<28} {:>9} {:>9} {:>9}  (microseconds, {} requests)", "", "p50", "p99", "max", options.count);
+    println!(
+        "{:<28} {:>9} {:>9} {:>9}  (microseconds, {} requests)",
+        "", "p50", "p99", "max", options.count
+    );
     for (name, mut values) in table {
         values.sort_by(f64::total_cmp);
         let at = |p: f64| values[((values.len() - 1) as f64 * p) as usize];
-        println!("{name:<28} {:>9.0} {:>9.0} {:>9.0}", at(0.5), at(0.99), at(1.0));
+        println!(
+            "{name:<28} {:>9.0} {:>9.0} {:>9.0}",
+            at(0.5),
+            at(0.99),
+            at(1.0)
+        );
     }
 }

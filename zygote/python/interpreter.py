@@ -11,9 +11,11 @@ def main():
         sys.exit(f"sock needs Python 3.10 or newer; this image has {sys.version.split()[0]}")
     if sys.implementation.name != "cpython":
         sys.exit(f"sock needs CPython; this image has {sys.implementation.name}")
-    import sysconfig
-
-    libc = "musl" if "musl" in (sysconfig.get_config_var("SOABI") or "") else "glibc"
+    try:
+        libc = "glibc" if os.confstr("CS_GNU_LIBC_VERSION") else "musl"
+    except (ValueError, OSError):
+        # Only glibc knows its own version.
+        libc = "musl"
     sys.path.insert(0, f"/opt/sock/lib/{libc}")
     try:
         import sock_zygote

@@ -145,30 +145,26 @@ impl Confining {
 
 impl Arrived {
     /// A zygote can name any process that it sees in its credentials, and process numbers come back.
-    /// If the number is in the cgroup while the pidfd's process lives, they are the same process.
+    /// If the number is in the cgroup while the pidfd's process lives, they are the same process. The
+    /// pidfd of a process that has ended does no harm, whosever it was, and a leaf that lives for one
+    /// request may have answered it by now.
     fn belongs_to(&self, cgroup: &Path) -> Result<()> {
         let path = cgroup.join("cgroup.procs");
         let members = std::fs::read_to_string(&path)
             .map_err(|e| Error::path("read the members of", path.clone())(errno(&e)))?;
-        if !members.lines().any(|line| line.parse() == Ok(self.pid)) {
-            return Err(Error::Impostor {
-                pid: self.pid,
-                problem: "is not in the cgroup that was made for it",
-            });
-        }
         let now = Timespec {
             tv_sec: 0,
             tv_nsec: 0,
         };
         let ended = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now))
             .map_err(Error::system("look if the leaf lives (poll)"))?;
-        if ended > 0 {
-            return Err(Error::Impostor {
-                pid: self.pid,
-                problem: "has ended",
-            });
+        if ended > 0 || members.lines().any(|line| line.parse() == Ok(self.pid)) {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::Impostor {
+            pid: self.pid,
+            problem: "is not in the cgroup that was made for it",
+        })
     }
 }
 

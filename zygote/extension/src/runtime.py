@@ -32,6 +32,8 @@ _pools = None
 
 def become_zygote(path):
     os.environ.update(SINGLE_THREADED)
+    # A leaf's directories are read-only as a rule, and each attempt to write there costs.
+    sys.dont_write_bytecode = True
     sys.path[:] = list(path) + [p for p in sys.path if p not in path]
     # Anything that a leaf may need is loaded before the first fork.
     import importlib.machinery  # noqa: F401
@@ -49,6 +51,10 @@ def settle():
     global _pools
     if "numpy" in sys.modules:
         _pools = _find_pools()
+    # The cache describes directories of this image, and a leaf has another root. What a leaf would throw away is thrown away here: freeing hundreds of strings of directory
+    # listings copies every page that holds one.
+    sys.path_importer_cache.clear()
+    os.environ.clear()
     import gc
 
     gc.collect()
@@ -94,8 +100,6 @@ def enter(env, path, cwd, handler):
     os.chdir(cwd)
     sys.argv[:] = [handler]
     sys.path[:] = list(path) + [p for p in sys.path if p not in path]
-    # Its entries describe directories of the zygote's image, which is another root.
-    sys.path_importer_cache.clear()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.line_buffering:
             stream.reconfigure(line_buffering=True)

@@ -2,7 +2,10 @@
 //! Shared by the integration tests and by `examples/fork.rs`. Needs root.
 
 #![allow(dead_code, reason = "each test file uses a part")]
-#![allow(clippy::unwrap_used, reason = "support of tests: a failure here is theirs")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "support of tests: a failure here is theirs"
+)]
 #![allow(missing_docs)]
 
 use std::ffi::CString;
@@ -16,14 +19,15 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change, mount_remount, unmount,
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
+    mount_remount, unmount,
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use sock_zygote::protocol::{self, LeafSetup, Phase, ZygoteSetup};
 use sock_zygote::{
-    Arrived, Confining, Error, Event, ForkOrigin, FunctionRoot, Leaf, SealedSetup, SetupFds, Warm, Zygote,
-    ZygoteChannel, inject_sockets,
+    Arrived, Confining, Error, Event, ForkOrigin, FunctionRoot, Leaf, SealedSetup, SetupFds, Warm,
+    Zygote, ZygoteChannel, inject_sockets,
 };
 
 /// The only user of a zygote's user namespace.
@@ -57,7 +61,18 @@ impl Container {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().to_owned();
         fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
-        for name in ["proc", "sys", "dev", "tmp", "etc", "opt", "srv", "srv/function", "usr", "var"] {
+        for name in [
+            "proc",
+            "sys",
+            "dev",
+            "tmp",
+            "etc",
+            "opt",
+            "srv",
+            "srv/function",
+            "usr",
+            "var",
+        ] {
             fs::create_dir_all(root.join(name)).unwrap();
         }
         fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
@@ -72,15 +87,23 @@ impl Container {
             }
         }
         let payload = payload();
-        let mut all: Vec<(PathBuf, PathBuf)> =
-            vec![("/usr".into(), root.join("usr")), (payload, root.join("opt/sock"))];
-        all.extend(binds.iter().map(|(from, to)| (from.to_path_buf(), root.join(to.trim_start_matches('/')))));
+        let mut all: Vec<(PathBuf, PathBuf)> = vec![
+            ("/usr".into(), root.join("usr")),
+            (payload, root.join("opt/sock")),
+        ];
+        all.extend(
+            binds
+                .iter()
+                .map(|(from, to)| (from.to_path_buf(), root.join(to.trim_start_matches('/')))),
+        );
         for (_, to) in &all {
             fs::create_dir_all(to).unwrap();
         }
         let path = root.clone();
         // A mount namespace is per thread: this one enters it and leaves it by ending.
-        let mounts = std::thread::spawn(move || enter_new_root(&path, &all)).join().unwrap();
+        let mounts = std::thread::spawn(move || enter_new_root(&path, &all))
+            .join()
+            .unwrap();
         Container { mounts, dir }
     }
 }
@@ -89,20 +112,42 @@ fn enter_new_root(root: &Path, binds: &[(PathBuf, PathBuf)]) -> OwnedFd {
     let namespace = "/proc/thread-self/ns/mnt";
     // SAFETY: this thread alone gets another mount namespace, root and working directory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .unwrap();
     mount_bind_recursive(root, root).unwrap();
     for (from, to) in binds {
         mount_bind_recursive(from, to).unwrap();
-        mount_remount(to, MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV, c"").unwrap();
+        mount_remount(
+            to,
+            MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV,
+            c"",
+        )
+        .unwrap();
     }
     let dev = root.join("dev");
-    mount(c"tmpfs", &dev, c"tmpfs", MountFlags::NOSUID, Some(c"mode=755,size=64k")).unwrap();
+    mount(
+        c"tmpfs",
+        &dev,
+        c"tmpfs",
+        MountFlags::NOSUID,
+        Some(c"mode=755,size=64k"),
+    )
+    .unwrap();
     for name in ["null", "zero", "urandom"] {
         fs::write(dev.join(name), "").unwrap();
         mount_bind_recursive(Path::new("/dev").join(name), dev.join(name)).unwrap();
     }
-    mount(c"proc", root.join("proc"), c"proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None::<&std::ffi::CStr>)
-        .unwrap();
+    mount(
+        c"proc",
+        root.join("proc"),
+        c"proc",
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+        None::<&std::ffi::CStr>,
+    )
+    .unwrap();
     let namespace = File::open(namespace).unwrap();
     chdir(root).unwrap();
     pivot_root(".", ".").unwrap();
@@ -139,14 +184,21 @@ impl ZygoteProcess {
         drop(tell);
         let mut pipe = File::from(told);
         let mut word = [0u8; 4];
-        pipe.read_exact(&mut word).unwrap_or_else(|_| panic!("the namespaces of a zygote could not be made"));
+        pipe.read_exact(&mut word)
+            .unwrap_or_else(|_| panic!("the namespaces of a zygote could not be made"));
         for map in ["uid_map", "gid_map"] {
             fs::write(format!("/proc/{guard}/{map}"), format!("{USER} {USER} 1")).unwrap();
         }
         let user_namespace = File::open(format!("/proc/{guard}/ns/user")).unwrap().into();
         File::from(go).write_all(b"!").unwrap();
-        pipe.read_exact(&mut word).unwrap_or_else(|_| panic!("the holder could not be forked"));
-        ZygoteProcess { guard, holder: i32::from_ne_bytes(word), user_namespace, control: Some(ours) }
+        pipe.read_exact(&mut word)
+            .unwrap_or_else(|_| panic!("the holder could not be forked"));
+        ZygoteProcess {
+            guard,
+            holder: i32::from_ne_bytes(word),
+            user_namespace,
+            control: Some(ours),
+        }
     }
 
     /// The zygote's own number.
@@ -173,7 +225,9 @@ impl Drop for ZygoteProcess {
 
 pub fn children(pid: i32) -> Vec<i32> {
     let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    list.split_whitespace().filter_map(|p| p.parse().ok()).collect()
+    list.split_whitespace()
+        .filter_map(|p| p.parse().ok())
+        .collect()
 }
 
 fn check(result: libc::c_int, step: &str) {
@@ -189,20 +243,35 @@ fn check(result: libc::c_int, step: &str) {
 }
 
 /// The guard: enters the container, makes the namespaces, forks the holder, waits for its end.
-fn drop_to_zygote([mounts, control, tell, wait]: [RawFd; 4], go: RawFd, program: &CString, script: &CString) -> ! {
+fn drop_to_zygote(
+    [mounts, control, tell, wait]: [RawFd; 4],
+    go: RawFd,
+    program: &CString,
+    script: &CString,
+) -> ! {
     // SAFETY: system calls on numbers and on memory that lives.
     unsafe {
         libc::close(go);
         check(libc::setns(mounts, libc::CLONE_NEWNS), "setns");
-        let kinds = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+        let kinds = libc::CLONE_NEWUSER
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWNET
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUTS;
         check(libc::unshare(kinds), "unshare");
         let mut word = [0u8; 4];
         libc::write(tell, word.as_ptr().cast(), 4);
         libc::read(wait, word.as_mut_ptr().cast(), 1);
         // The raw calls: the C library's would look for other threads.
         check(libc::syscall(libc::SYS_setgroups, 0, 0) as i32, "setgroups");
-        check(libc::syscall(libc::SYS_setresgid, USER, USER, USER) as i32, "setresgid");
-        check(libc::syscall(libc::SYS_setresuid, USER, USER, USER) as i32, "setresuid");
+        check(
+            libc::syscall(libc::SYS_setresgid, USER, USER, USER) as i32,
+            "setresgid",
+        );
+        check(
+            libc::syscall(libc::SYS_setresuid, USER, USER, USER) as i32,
+            "setresuid",
+        );
         let holder = libc::fork();
         check(holder, "fork");
         if holder > 0 {
@@ -215,19 +284,29 @@ fn drop_to_zygote([mounts, control, tell, wait]: [RawFd; 4], go: RawFd, program:
         check(zygote, "fork");
         if zygote > 0 {
             close_from(0);
-            while libc::waitpid(-1, std::ptr::null_mut(), 0) > 0 || *libc::__errno_location() == libc::EINTR {}
+            while libc::waitpid(-1, std::ptr::null_mut(), 0) > 0
+                || *libc::__errno_location() == libc::EINTR
+            {}
             libc::_exit(0);
         }
         check(libc::unshare(libc::CLONE_NEWNS), "unshare mounts");
         let proc = c"proc".as_ptr();
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-        check(libc::mount(proc, c"/proc".as_ptr(), proc, flags, std::ptr::null()), "mount /proc");
+        check(
+            libc::mount(proc, c"/proc".as_ptr(), proc, flags, std::ptr::null()),
+            "mount /proc",
+        );
         keep_three_capabilities();
         check(libc::chdir(c"/".as_ptr()), "chdir");
         check(libc::dup2(control, 3), "dup2");
         close_from(4);
         let argv = [program.as_ptr(), script.as_ptr(), std::ptr::null()];
-        let envp = [c"SOCK_CONTROL_FD=3".as_ptr(), c"PATH=/usr/bin:/bin".as_ptr(), c"LANG=C.UTF-8".as_ptr(), std::ptr::null()];
+        let envp = [
+            c"SOCK_CONTROL_FD=3".as_ptr(),
+            c"PATH=/usr/bin:/bin".as_ptr(),
+            c"LANG=C.UTF-8".as_ptr(),
+            std::ptr::null(),
+        ];
         libc::execve(program.as_ptr(), argv.as_ptr(), envp.as_ptr());
         check(-1, "exec");
         libc::_exit(1)
@@ -250,9 +329,21 @@ unsafe fn keep_three_capabilities() {
         let bits = THREE.iter().fold(0u32, |bits, c| bits | 1 << c);
         let header = [0x2008_0522u32, 0];
         let data = [bits, bits, bits, 0, 0, 0];
-        check(libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) as i32, "capset");
+        check(
+            libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) as i32,
+            "capset",
+        );
         for capability in THREE {
-            check(libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, capability, 0, 0), "ambient");
+            check(
+                libc::prctl(
+                    libc::PR_CAP_AMBIENT,
+                    libc::PR_CAP_AMBIENT_RAISE,
+                    capability,
+                    0,
+                    0,
+                ),
+                "ambient",
+            );
         }
     }
 }
@@ -279,7 +370,11 @@ impl Cgroup {
     }
 
     pub fn procs(&self) -> OwnedFd {
-        File::options().write(true).open(self.0.join("cgroup.procs")).unwrap().into()
+        File::options()
+            .write(true)
+            .open(self.0.join("cgroup.procs"))
+            .unwrap()
+            .into()
     }
 
     pub fn members(&self) -> Vec<i32> {
@@ -310,9 +405,16 @@ pub fn shim<F: Future>(work: F) -> F::Output {
     // SAFETY: affects this thread alone, which holds no socket yet.
     unsafe { unshare_unsafe(UnshareFlags::FS | UnshareFlags::NEWNET) }.unwrap();
     loopback_up();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, async { tokio::time::timeout(Duration::from_secs(120), work).await.expect("the test hangs") })
+    local.block_on(&runtime, async {
+        tokio::time::timeout(Duration::from_secs(120), work)
+            .await
+            .expect("the test hangs")
+    })
 }
 
 fn loopback_up() {
@@ -323,7 +425,10 @@ fn loopback_up() {
         request.ifr_name[0] = b'l' as _;
         request.ifr_name[1] = b'o' as _;
         request.ifr_ifru.ifru_flags = libc::IFF_UP as _;
-        assert_eq!(libc::ioctl(socket.as_raw_fd(), 0x8914, &raw const request), 0);
+        assert_eq!(
+            libc::ioctl(socket.as_raw_fd(), 0x8914, &raw const request),
+            0
+        );
     }
 }
 
@@ -331,7 +436,10 @@ struct TcpOrUdp;
 
 impl TcpOrUdp {
     fn udp() -> OwnedFd {
-        std::net::UdpSocket::bind("127.0.0.1:0").or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0")).unwrap().into()
+        std::net::UdpSocket::bind("127.0.0.1:0")
+            .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))
+            .unwrap()
+            .into()
     }
 }
 
@@ -357,11 +465,20 @@ impl Pool {
         Pool::with_python(container, setup, "/usr/bin/python3").await
     }
 
-    pub async fn with_python(container: &Container, setup: &ZygoteSetup, python: &str) -> Result<Pool, Error> {
+    pub async fn with_python(
+        container: &Container,
+        setup: &ZygoteSetup,
+        python: &str,
+    ) -> Result<Pool, Error> {
         let mut process = ZygoteProcess::start(container, python);
         let (zygote, warm) = Zygote::configure(process.control.take().unwrap(), setup).await?;
         let channel = ZygoteChannel::new(zygote.attach()?)?;
-        Ok(Pool { process, zygote, warm, channel })
+        Ok(Pool {
+            process,
+            zygote,
+            warm,
+            channel,
+        })
     }
 }
 
@@ -378,7 +495,11 @@ pub fn leaf_setup() -> LeafSetup {
     LeafSetup {
         handler: "app.handler".into(),
         path: vec!["/srv/function".into(), "/opt/sock/site-packages".into()],
-        env: vec![("GREETING".into(), "hello".into()), ("HOME".into(), "/tmp".into()), ("LANG".into(), "C.UTF-8".into())],
+        env: vec![
+            ("GREETING".into(), "hello".into()),
+            ("HOME".into(), "/tmp".into()),
+            ("LANG".into(), "C.UTF-8".into()),
+        ],
         cwd: "/srv/function".into(),
         hostname: "pod-7".into(),
         function: "fun".into(),
@@ -386,8 +507,25 @@ pub fn leaf_setup() -> LeafSetup {
         pod: "pod-7".into(),
         uid: USER,
         gid: USER,
-        masked_paths: ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi", "/proc/scsi", "/sys/firmware"].map(Into::into).into(),
-        readonly_paths: ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"].map(Into::into).into(),
+        masked_paths: [
+            "/proc/kcore",
+            "/proc/keys",
+            "/proc/timer_list",
+            "/proc/acpi",
+            "/proc/scsi",
+            "/sys/firmware",
+        ]
+        .map(Into::into)
+        .into(),
+        readonly_paths: [
+            "/proc/bus",
+            "/proc/fs",
+            "/proc/irq",
+            "/proc/sys",
+            "/proc/sysrq-trigger",
+        ]
+        .map(Into::into)
+        .into(),
         rlimits: vec![],
         seccomp: vec![],
         intercept_sockets: true,
@@ -420,17 +558,38 @@ pub struct Times {
 
 impl Function {
     pub fn new(pool: &Pool, source: &str, binds: &[(&Path, &str)]) -> Function {
-        Function::in_container(pool, Container::new(&[("/srv/function/app.py", source)], binds))
+        Function::in_container(
+            pool,
+            Container::new(&[("/srv/function/app.py", source)], binds),
+        )
     }
 
     pub fn in_container(pool: &Pool, container: Container) -> Function {
-        let root = FunctionRoot::prepare(container.mounts.as_fd(), pool.process.user_namespace.as_fd()).unwrap();
-        let network = fs::read_link("/proc/thread-self/ns/net").unwrap().display().to_string();
-        Function { container, root, cgroup: Cgroup::new(), setup: leaf_setup(), network }
+        let root = FunctionRoot::prepare(
+            container.mounts.as_fd(),
+            pool.process.user_namespace.as_fd(),
+        )
+        .unwrap();
+        let network = fs::read_link("/proc/thread-self/ns/net")
+            .unwrap()
+            .display()
+            .to_string();
+        Function {
+            container,
+            root,
+            cgroup: Cgroup::new(),
+            setup: leaf_setup(),
+            network,
+        }
     }
 
     /// Forks and hands `connection` over behind the setup.
-    pub async fn leaf(&self, channel: &ZygoteChannel, fresh: bool, connection: Option<(u64, BorrowedFd<'_>)>) -> Result<Running, Error> {
+    pub async fn leaf(
+        &self,
+        channel: &ZygoteChannel,
+        fresh: bool,
+        connection: Option<(u64, BorrowedFd<'_>)>,
+    ) -> Result<Running, Error> {
         let start = Instant::now();
         let setup = SealedSetup::new(&self.setup)?;
         let tree = self.root.clone_tree()?;
@@ -452,11 +611,28 @@ impl Function {
             });
         }
         let (leaf, import_micros) = loading.ready().await?;
-        let times = Times { start, tree: cloned, hello, confined, ready: Instant::now() };
-        Ok(Running { leaf, phases, origin, import_micros, times })
+        let times = Times {
+            start,
+            tree: cloned,
+            hello,
+            confined,
+            ready: Instant::now(),
+        };
+        Ok(Running {
+            leaf,
+            phases,
+            origin,
+            import_micros,
+            times,
+        })
     }
 
-    fn confine(&self, arrived: Arrived, setup: &SealedSetup, tree: &OwnedFd) -> Result<Confining, Error> {
+    fn confine(
+        &self,
+        arrived: Arrived,
+        setup: &SealedSetup,
+        tree: &OwnedFd,
+    ) -> Result<Confining, Error> {
         let procs = self.cgroup.procs();
         let stderr = std::io::stderr();
         let fds = SetupFds {
@@ -475,7 +651,9 @@ pub fn connection() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.set_nodelay(true).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     let (served, _) = listener.accept().unwrap();
     served.set_nodelay(true).unwrap();
     (client, served)
@@ -502,14 +680,23 @@ pub fn reply(client: &mut TcpStream) -> Reply {
             break at + 4;
         }
         let mut one = [0u8];
-        assert_eq!(client.read(&mut one).unwrap(), 1, "the connection ended within a head: {:?}", String::from_utf8_lossy(&bytes));
+        assert_eq!(
+            client.read(&mut one).unwrap(),
+            1,
+            "the connection ended within a head: {:?}",
+            String::from_utf8_lossy(&bytes)
+        );
         bytes.push(one[0]);
     };
     let head = String::from_utf8(bytes[..end].to_vec()).unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     let length = head
         .lines()
-        .find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:").map(|v| v.trim().parse().unwrap()))
+        .find_map(|line| {
+            line.to_ascii_lowercase()
+                .strip_prefix("content-length:")
+                .map(|v| v.trim().parse().unwrap())
+        })
         .unwrap_or(0);
     let mut body = vec![0u8; length];
     client.read_exact(&mut body).unwrap();
@@ -520,7 +707,10 @@ pub fn reply(client: &mut TcpStream) -> Reply {
 pub async fn until(leaf: &Leaf, wanted: impl Fn(&Event) -> bool) -> Vec<Event> {
     let mut seen = Vec::new();
     loop {
-        let event = leaf.event().await.unwrap_or_else(|e| panic!("{e} after {seen:?}"));
+        let event = leaf
+            .event()
+            .await
+            .unwrap_or_else(|e| panic!("{e} after {seen:?}"));
         seen.push(event);
         if wanted(&event) {
             return seen;
