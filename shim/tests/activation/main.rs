@@ -1,0 +1,419 @@
+//! Activation with real sockets and real processes: the leaf is a process that speaks the leaf's side
+//! of the protocol and does what the path of a request tells it to.
+
+mod leaf;
+mod pod;
+
+use std::time::Duration;
+
+use pod::{Pod, Script, get, in_pod};
+use sock_shim::activation::StartError;
+use sock_shim::activation::decide::Reuse;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout};
+
+const MILLI: Duration = Duration::from_millis(1);
+
+#[test]
+fn an_idle_connection_outlives_its_leaf() {
+    in_pod(|mut pod| async move {
+        pod.config.freeze_after = 100 * MILLI;
+        pod.config.end_after = 1_500 * MILLI;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let first = get(&mut client, "/hello").await;
+        assert_eq!(first.status, 200);
+        pod.until("the leaf is frozen", || activation.stats().frozen == 1).await;
+        let second = get(&mut client, "/hello").await;
+        assert_eq!((second.status, second.leaf), (200, first.leaf), "a frozen leaf serves on");
+        pod.until("the leaf is gone", || activation.stats().leaves == 0).await;
+        assert_eq!(activation.stats().connections, 1);
+        let third = get(&mut client, "/hello").await;
+        assert_eq!(third.status, 200);
+        assert_ne!(third.leaf, first.leaf);
+        drop(client);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn requests_on_one_connection_in_quick_succession_stay_with_their_leaf() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let first = get(&mut client, "/hello").await;
+        for _ in 0..100 {
+            assert_eq!(get(&mut client, "/hello").await.leaf, first.leaf);
+        }
+        assert_eq!(activation.stats().requests[&200], 101);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_burst_is_answered_by_no_more_leaves_than_allowed() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 8;
+        let activation = pod.start().await;
+        let clients: Vec<_> = (0..100)
+            .map(|_| {
+                let port = activation.port();
+                tokio::task::spawn_local(async move {
+                    let mut client = pod::connect(port).await;
+                    get(&mut client, "/slow").await.status
+                })
+            })
+            .collect();
+        let mut most = 0;
+        for client in clients {
+            assert_eq!(client.await.expect("a client"), 200);
+            most = most.max(activation.stats().leaves);
+        }
+        assert!((2..=8).contains(&most), "{most} leaves");
+        assert!(pod.most_processes() <= 8, "{} processes", pod.most_processes());
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn connections_take_turns_when_there_are_fewer_leaves() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 1;
+        let activation = pod.start().await;
+        let mut clients = Vec::new();
+        for _ in 0..4 {
+            clients.push(pod.connect(&activation).await);
+        }
+        let begin = Instant::now();
+        for _ in 0..5 {
+            for client in &mut clients {
+                assert_eq!(get(client, "/hello").await.status, 200);
+            }
+        }
+        // An idle connection is given back when asked for, long before it parks by itself.
+        assert!(begin.elapsed() < 20 * 200 * MILLI, "{:?}", begin.elapsed());
+        assert_eq!(activation.stats().leaves, 1);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn silent_connections_occupy_no_leaf_and_are_bounded() {
+    in_pod(|mut pod| async move {
+        pod.config.end_after = 200 * MILLI;
+        let activation = pod.start().await;
+        let mut oldest = pod.connect(&activation).await;
+        let mut silent = Vec::new();
+        for _ in 0..999 {
+            silent.push(pod.connect(&activation).await);
+        }
+        pod.until("all are taken in", || activation.stats().connections == 1_000).await;
+        pod.until("no leaf is left", || activation.stats().leaves == 0).await;
+        let mut client = pod.connect(&activation).await;
+        let end = timeout(Duration::from_secs(5), oldest.read(&mut [0; 1])).await;
+        assert_eq!(end.expect("in time").expect("no reset"), 0, "the oldest makes room");
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!(get(&mut silent[500], "/hello").await.status, 200, "the others stay");
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_request_that_takes_too_long_is_answered_504_and_its_leaf_killed() {
+    in_pod(|mut pod| async move {
+        pod.config.timeout = 300 * MILLI;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let begin = Instant::now();
+        let answer = get(&mut client, "/hang").await;
+        assert_eq!(answer.status, 504);
+        assert!(begin.elapsed() >= 300 * MILLI);
+        assert!(answer.body.contains("\"requestId\""), "{}", answer.body);
+        assert!(answer.head.contains("Connection: close"), "{}", answer.head);
+        assert_eq!(client.read(&mut [0; 1]).await.expect("no reset"), 0);
+        assert_eq!(activation.stats().leaves, 0);
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!(activation.stats().requests[&504], 1);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn each_request_of_a_connection_has_its_own_time() {
+    in_pod(|mut pod| async move {
+        pod.config.timeout = 400 * MILLI;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        for _ in 0..4 {
+            assert_eq!(get(&mut client, "/slow").await.status, 200);
+            sleep(120 * MILLI).await;
+        }
+        assert_eq!(get(&mut client, "/hang").await.status, 504, "after answers on the same connection");
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_leaf_that_dies_before_it_answers_is_answered_for() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        let answer = get(&mut client, "/crash").await;
+        assert_eq!(answer.status, 502);
+        assert_eq!(client.read(&mut [0; 1]).await.expect("no reset"), 0);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_leaf_that_dies_within_its_answer_only_loses_the_connection() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        pod::send(&mut client, "/partial").await;
+        let mut all = String::new();
+        client.read_to_string(&mut all).await.expect("no reset");
+        assert!(all.starts_with("HTTP/1.1 200") && !all.contains("502"), "{all}");
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_connection_given_back_unanswered_costs_the_leaf_its_life() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/giveback").await.status, 502);
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/nonsense").await.status, 502, "a packet that is no message");
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_child_that_keeps_the_connection_is_killed_with_its_leaf() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        // Were the child left alive, the shim could not know that nobody writes after its answer.
+        assert_eq!(get(&mut client, "/heir").await.status, 502);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_full_queue_is_answered_429() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 1;
+        pod.config.timeout = 60_000 * MILLI;
+        let activation = pod.start().await;
+        let mut clients = Vec::new();
+        for _ in 0..101 {
+            let mut client = pod.connect(&activation).await;
+            pod::send(&mut client, "/held").await;
+            clients.push(client);
+        }
+        pod.until("the queue is full", || activation.stats().queued == 100).await;
+        let mut client = pod.connect(&activation).await;
+        let answer = get(&mut client, "/hello").await;
+        assert_eq!(answer.status, 429);
+        assert!(answer.head.contains("Retry-After: 1"), "{}", answer.head);
+        pod.release();
+        for client in &mut clients {
+            assert_eq!(pod::answer(client).await.status, 200, "nobody in the queue is forgotten");
+        }
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_large_request_that_is_refused_reads_the_answer_all_the_same() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 1;
+        pod.config.timeout = 300 * MILLI;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let body = vec![b'x'; 600_000];
+        pod::send_with_body(&mut client, "/hang", &body).await;
+        assert_eq!(pod::answer(&mut client).await.status, 504);
+        assert_eq!(client.read(&mut [0; 1]).await.expect("no reset"), 0);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn without_reuse_each_request_has_its_own_process() {
+    in_pod(|mut pod| async move {
+        pod.config.reuse = Reuse::Never;
+        pod.config.instances = 2;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..6 {
+            let answer = get(&mut client, "/hello").await;
+            assert_eq!(answer.status, 200);
+            assert!(seen.insert(answer.leaf), "a process served twice");
+        }
+        assert!(pod.most_processes() <= 2);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_stop_lets_requests_finish_and_then_refuses() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 1;
+        let activation = pod.start().await;
+        let mut under_way = pod.connect(&activation).await;
+        let mut waiting = pod.connect(&activation).await;
+        let mut silent = pod.connect(&activation).await;
+        let mut late = pod.connect(&activation).await;
+        let mut idle = pod.connect(&activation).await;
+        assert_eq!(get(&mut idle, "/hello").await.status, 200);
+        pod::send(&mut under_way, "/slow").await;
+        pod::send(&mut waiting, "/slow").await;
+        sleep(20 * MILLI).await;
+        let port = activation.port();
+        let clients = async {
+            sleep(20 * MILLI).await;
+            pod::send(&mut late, "/hello").await;
+            assert_eq!(pod::answer(&mut under_way).await.status, 200);
+            assert_eq!(pod::answer(&mut waiting).await.status, 200);
+            assert_eq!(pod::answer(&mut late).await.status, 200);
+            assert_eq!(silent.read(&mut [0; 1]).await.expect("no reset"), 0);
+            assert_eq!(idle.read(&mut [0; 1]).await.expect("no reset"), 0);
+        };
+        let begin = Instant::now();
+        tokio::join!(activation.stop(Duration::from_secs(20)), clients);
+        assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        assert!(TcpStream::connect(("127.0.0.1", port)).await.is_err());
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_stop_does_not_wait_beyond_its_grace() {
+    in_pod(|mut pod| async move {
+        pod.config.instances = 1;
+        let activation = pod.start().await;
+        let mut under_way = pod.connect(&activation).await;
+        let mut waiting = pod.connect(&activation).await;
+        pod::send(&mut under_way, "/hang").await;
+        pod.until("it is under way", || activation.stats().idle == 0).await;
+        pod::send(&mut waiting, "/hello").await;
+        pod.until("one waits", || activation.stats().queued == 1).await;
+        let begin = Instant::now();
+        activation.stop(300 * MILLI).await;
+        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+        assert_eq!(pod::answer(&mut under_way).await.status, 502);
+        assert_eq!(pod::answer(&mut waiting).await.status, 502);
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_handler_that_cannot_be_imported_fails_the_start_with_its_line() {
+    in_pod(|mut pod| async move {
+        pod.script(Script::FailImport);
+        let Err(StartError::Handler { handler, message }) = pod.try_start().await else {
+            panic!("it must not start")
+        };
+        assert_eq!(handler, "app.handler");
+        assert_eq!(message, "app.py:3: ModuleNotFoundError: No module named 'pandsa'");
+        pod.nothing_is_left();
+        pod.script(Script::DieOnImport);
+        let Err(error) = pod.try_start().await else { panic!("it must not start") };
+        assert!(error.to_string().contains("ended before its handler was imported"), "{error}");
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    in_pod(|mut pod| async move {
+        let taken = std::net::TcpListener::bind("0.0.0.0:0").expect("bind");
+        pod.config.port = taken.local_addr().expect("address").port();
+        let Err(error) = pod.try_start().await else { panic!("it must not start") };
+        assert!(error.to_string().contains(&format!("port {}", pod.config.port)), "{error}");
+    });
+}
+
+#[test]
+fn leaves_come_from_the_zygote_while_it_lives_and_from_an_interpreter_after() {
+    in_pod(|mut pod| async move {
+        pod.with_zygote();
+        pod.config.reuse = Reuse::Never;
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        let stats = activation.stats();
+        assert_eq!((stats.forks, stats.cold_starts), (2, 0));
+        let mut under_way = pod.connect(&activation).await;
+        pod::send(&mut under_way, "/held").await;
+        pod.until("it is under way", || activation.stats().leaves > 0 && activation.stats().starting == 0).await;
+        pod.end_zygote();
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!(activation.stats().cold_starts, 1);
+        pod.release();
+        assert_eq!(pod::answer(&mut under_way).await.status, 200, "the end of a zygote ends no leaf");
+        pod.with_zygote();
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!(activation.stats().cold_starts, 1, "its successor is found");
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn a_fork_that_fails_is_made_good_by_an_interpreter() {
+    in_pod(|mut pod| async move {
+        pod.with_zygote();
+        pod.script(Script::FailConfinement);
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        assert_eq!((activation.stats().forks, activation.stats().cold_starts), (0, 1));
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
+fn the_start_waits_for_a_pool_that_is_expected() {
+    in_pod(|mut pod| async move {
+        pod.expect_zygote();
+        let later = pod.zygote_after(300 * MILLI);
+        let begin = Instant::now();
+        let activation = pod.start().await;
+        assert!(begin.elapsed() >= 300 * MILLI);
+        later.await.expect("the pool");
+        assert_eq!((activation.stats().forks, activation.stats().cold_starts), (1, 0));
+        activation.stop(Duration::from_secs(5)).await;
+        pod.end_zygote();
+        pod.pool_within = 200 * MILLI;
+        let activation = pod.start().await;
+        assert_eq!(activation.stats().cold_starts, 1, "none came");
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
