@@ -77,7 +77,9 @@ impl ZygoteName {
         let need = |name: &'static str| {
             let remedy = "let the operator make the pod, from a PackageSet or a Function";
             let value = annotations.get(&format!("{PREFIX}{name}"));
-            value.map(String::as_str).ok_or(AnnotationError::Missing { name, remedy })
+            value
+                .map(String::as_str)
+                .ok_or(AnnotationError::Missing { name, remedy })
         };
         Ok(ZygoteName {
             package_set: checked("package-set", need("package-set")?, is_name, NAME)?,

@@ -2,17 +2,19 @@
 //! left.
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_passcred;
 use sock_zygote::protocol::{self, Phase};
 use sock_zygote::{Arrived, Confining, Event, SetupFds};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::cgroups::LeafCgroup;
+use super::connections::register;
 use super::decide::{Conn, Input, Leaf};
 use super::driver::Driver;
 use super::zygotes::{ForkError, Zygote};
@@ -23,6 +25,8 @@ const FORKED_WITHIN: Duration = Duration::from_secs(5);
 const CONFINED_WITHIN: Duration = Duration::from_secs(10);
 /// How long to wait for killed processes: what does not die by then hangs in the kernel.
 const GONE_WITHIN: Duration = Duration::from_secs(10);
+/// What a leaf said before its end lies in the channel already; the runtime may not have looked yet.
+const LAST_MESSAGES: Duration = Duration::from_millis(20);
 /// Pauses between looks at a cgroup that is still in use.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
 
@@ -41,6 +45,8 @@ pub(super) enum LeafError {
     Channel(#[from] protocol::Error),
     #[error("credentials on its control channel (SO_PASSCRED): {0}")]
     Credentials(rustix::io::Errno),
+    #[error("its process cannot be watched: {0}")]
+    Watch(#[source] std::io::Error),
     #[error("{step} took longer than {} s", limit.as_secs())]
     Late { step: &'static str, limit: Duration },
 }
@@ -177,7 +183,15 @@ async fn live(
     {
         loading.queue(conn.0, socket.as_fd())?;
     }
-    let (leaf, import) = loading.ready().await?;
+    let process = exit_of(&loading)?;
+    let (leaf, import) = unless_ended(&process, loading.ready())
+        .await
+        .unwrap_or_else(|| {
+            Err(sock_zygote::Error::Wire {
+                peer: "leaf",
+                source: protocol::Error::Closed,
+            })
+        })?;
     let leaf = Rc::new(leaf);
     if let Some(conn) = unsent(slot, &mut sent)
         && let Some(socket) = driver.socket(conn)
@@ -190,18 +204,41 @@ async fn live(
     driver.started(name, times);
     driver.input(Input::Ready(name));
     loop {
-        let input = match leaf.event().await {
-            Ok(Event::Began { conn }) => Input::Began(name, Conn(conn)),
-            Ok(Event::Done { conn, status, .. }) => {
+        let input = match unless_ended(&process, leaf.event()).await {
+            Some(Ok(Event::Began { conn })) => Input::Began(name, Conn(conn)),
+            Some(Ok(Event::Done { conn, status, .. })) => {
                 driver.answered(name, Conn(conn), status);
                 Input::Done(name, Conn(conn))
             }
-            Ok(Event::Parked { conn }) => Input::Parked(name, Conn(conn)),
-            Ok(Event::Closed { conn }) => Input::Closed(name, Conn(conn)),
-            Err(error) if error.is_closed() => return Ok(()),
-            Err(error) => return Err(error.into()),
+            Some(Ok(Event::Parked { conn })) => Input::Parked(name, Conn(conn)),
+            Some(Ok(Event::Closed { conn })) => Input::Closed(name, Conn(conn)),
+            Some(Err(error)) if !error.is_closed() => return Err(error.into()),
+            Some(Err(_)) | None => return Ok(()),
         };
         driver.input(input);
+    }
+}
+
+/// The leaf's process, readable once it has ended. A child of the leaf may keep the control channel
+/// open, so its end alone does not tell.
+fn exit_of(leaf: &sock_zygote::Loading) -> Result<AsyncFd<Rc<OwnedFd>>, LeafError> {
+    let process = leaf
+        .pidfd()
+        .try_clone_to_owned()
+        .and_then(|pidfd| register(Rc::new(pidfd)));
+    process.map_err(LeafError::Watch)
+}
+
+/// What comes from the leaf; `None` when it has ended and all that it said has been heard.
+async fn unless_ended<T>(
+    process: &AsyncFd<Rc<OwnedFd>>,
+    message: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::pin!(message);
+    tokio::select! {
+        biased;
+        message = &mut message => Some(message),
+        _ = process.readable() => tokio::time::timeout(LAST_MESSAGES, message).await.ok(),
     }
 }
 

@@ -19,7 +19,10 @@ fn leaf_process() {
     if std::env::var_os(RELEASE).is_none() {
         return;
     }
-    let mut leaf = Leaf { control: std::io::stdin().as_fd().try_clone_to_owned().expect("dup"), waiting: VecDeque::new() };
+    let mut leaf = Leaf {
+        control: std::io::stdin().as_fd().try_clone_to_owned().expect("dup"),
+        waiting: VecDeque::new(),
+    };
     leaf.run();
     std::process::exit(0);
 }
@@ -53,10 +56,21 @@ impl Leaf {
 
     fn run(&mut self) {
         self.say(&FromLeaf::Hello);
-        let (ToLeaf::Setup { .. }, fds) = self.hear() else { panic!("Setup must come first") };
+        let (ToLeaf::Setup { .. }, fds) = self.hear() else {
+            panic!("Setup must come first")
+        };
         let setup = read_setup(&fds[0]);
-        let env = |name: &str| setup.env.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
-        let failed = |message: &str| FromLeaf::Failed { message: message.to_owned(), traceback: String::new() };
+        let env = |name: &str| {
+            setup
+                .env
+                .iter()
+                .find(|(key, _)| key == name)
+                .map(|(_, value)| value.as_str())
+        };
+        let failed = |message: &str| FromLeaf::Failed {
+            message: message.to_owned(),
+            traceback: String::new(),
+        };
         // An interpreter is told to intercept nothing.
         if env("SCRIPT") == Some("FailConfinement") && setup.intercept_sockets {
             self.say(&failed("move_mount: Operation not permitted"));
@@ -65,7 +79,9 @@ impl Leaf {
         self.say(&FromLeaf::Confined { phases: Vec::new() });
         match env("SCRIPT") {
             Some("FailImport") => {
-                self.say(&failed("app.py:3: ModuleNotFoundError: No module named 'pandsa'"));
+                self.say(&failed(
+                    "app.py:3: ModuleNotFoundError: No module named 'pandsa'",
+                ));
                 return;
             }
             Some("DieOnImport") => return,
@@ -91,7 +107,11 @@ impl Leaf {
     fn serve(&mut self, conn: u64, socket: OwnedFd, setup: &LeafSetup) -> After {
         let mut park = false;
         loop {
-            if !self.readable(&socket, Duration::from_millis(setup.park_after_ms), &mut park) {
+            if !self.readable(
+                &socket,
+                Duration::from_millis(setup.park_after_ms),
+                &mut park,
+            ) {
                 drop(socket);
                 self.say(&FromLeaf::Parked { conn });
                 return After::Next;
@@ -116,7 +136,10 @@ impl Leaf {
                 },
                 "/crash" => std::process::abort(),
                 "/partial" => {
-                    write_all(&socket, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf");
+                    write_all(
+                        &socket,
+                        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf",
+                    );
                     std::process::abort();
                 }
                 "/giveback" => {
@@ -132,16 +155,27 @@ impl Leaf {
                     }
                 }
                 "/heir" => {
-                    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty()).expect("inheritable");
-                    Command::new("/bin/sleep").arg("600").spawn().expect("sleep");
+                    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty())
+                        .expect("inheritable");
+                    Command::new("/bin/sleep")
+                        .arg("600")
+                        .spawn()
+                        .expect("sleep");
                     std::process::abort();
                 }
                 _ => {}
             }
             let body = std::process::id().to_string();
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
             write_all(&socket, head.as_bytes());
-            self.say(&FromLeaf::Done { conn, status: 200, micros: 1 });
+            self.say(&FromLeaf::Done {
+                conn,
+                status: 200,
+                micros: 1,
+            });
             if setup.single_request {
                 drop(socket);
                 self.say(&FromLeaf::Parked { conn });
@@ -157,7 +191,10 @@ impl Leaf {
             let left = until.saturating_duration_since(Instant::now());
             let wait = if *park { Duration::ZERO } else { left };
             let wait = Timespec::try_from(wait).expect("a short time");
-            let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(&self.control, PollFlags::IN)];
+            let mut fds = [
+                PollFd::new(socket, PollFlags::IN),
+                PollFd::new(&self.control, PollFlags::IN),
+            ];
             let _ = poll(&mut fds, Some(&wait));
             let (bytes, message) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
             if bytes {

@@ -2,19 +2,22 @@
 
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::net::sockopt::set_socket_passcred;
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process_group, setrlimit};
-use sock_shim::activation::zygotes::ForkError;
-use sock_shim::activation::{
-    Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, StartError, Surroundings,
-    Zygote, ZygoteName, Zygotes,
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process_group, set_child_subreaper,
+    setrlimit, waitpgid,
 };
 use sock_shim::activation::decide::Reuse;
+use sock_shim::activation::zygotes::ForkError;
+use sock_shim::activation::{
+    Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, StartError,
+    Surroundings, Zygote, ZygoteName, Zygotes,
+};
 use sock_zygote::protocol::{self, LeafSetup};
 use sock_zygote::{Arrived, SealedSetup, SetupFds};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,10 +45,25 @@ pub struct Pod {
 /// Runs a test on a runtime like the shim's.
 pub fn in_pod<F: Future<Output = ()>>(test: impl FnOnce(Pod) -> F) {
     let most = getrlimit(Resource::Nofile).maximum;
-    setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).expect("enough descriptors");
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: most,
+            maximum: most,
+        },
+    )
+    .expect("enough descriptors");
+    // What a leaf leaves behind comes to this process to be reaped.
+    set_child_subreaper(Some(rustix::process::getpid())).expect("subreaper");
     let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_test_writer()
+        .try_init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime");
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
         let done = timeout(Duration::from_secs(60), test(Pod::new())).await;
@@ -57,7 +75,7 @@ impl Pod {
     fn new() -> Pod {
         let directory = tempfile::tempdir().expect("a directory");
         let processes = Rc::new(Processes {
-            release: directory.path().join("release"),
+            directory: directory.path().to_owned(),
             live: RefCell::default(),
             cgroups: Cell::new(0),
             most: Cell::new(0),
@@ -90,7 +108,10 @@ impl Pod {
     pub async fn try_start(&self) -> Result<Activation, StartError> {
         let processes = Rc::clone(&self.processes);
         let surroundings = Surroundings {
-            zygotes: self.zygotes.clone().map(|zygotes| zygotes as Rc<dyn Zygotes>),
+            zygotes: self
+                .zygotes
+                .clone()
+                .map(|zygotes| zygotes as Rc<dyn Zygotes>),
             interpreter: Rc::new(Starter(Rc::clone(&processes))),
             cgroups: Rc::new(Cgroups(processes)),
             setup: self.setup.clone(),
@@ -125,18 +146,30 @@ impl Pod {
     }
 
     pub fn nothing_is_left(&self) {
-        assert_eq!(self.processes.live.borrow_mut().len(), 0, "processes are left");
+        assert_eq!(
+            self.processes.live.borrow_mut().len(),
+            0,
+            "processes are left"
+        );
         assert_eq!(self.processes.cgroups.get(), 0, "cgroups are left");
     }
 
     pub fn expect_zygote(&mut self) {
         let name = || "0a".to_owned();
-        self.config.zygote =
-            Some(ZygoteName { package_set: "science".into(), tenant: name(), lock: name(), digest: name() });
+        self.config.zygote = Some(ZygoteName {
+            package_set: "science".into(),
+            tenant: name(),
+            lock: name(),
+            digest: name(),
+        });
         if self.zygotes.is_none() {
             let setup = Rc::new(RefCell::new(None));
             let processes = Rc::clone(&self.processes);
-            self.zygotes = Some(Rc::new(Stable { processes, zygote: RefCell::new(None), setup }));
+            self.zygotes = Some(Rc::new(Stable {
+                processes,
+                zygote: RefCell::new(None),
+                setup,
+            }));
         }
     }
 
@@ -189,34 +222,55 @@ fn setup() -> LeafSetup {
 
 /// The processes of all leaves. Each leads a process group, which stands for its cgroup.
 struct Processes {
-    release: PathBuf,
-    live: RefCell<Vec<(String, Child)>>,
+    directory: PathBuf,
+    live: RefCell<Vec<(String, Pid)>>,
     cgroups: Cell<usize>,
     most: Cell<usize>,
 }
 
 impl Processes {
+    fn directory(&self, cgroup: &str) -> PathBuf {
+        self.directory.join(cgroup)
+    }
+
     fn spawn(&self, cgroup: &str, control: OwnedFd) {
         use std::os::unix::process::CommandExt;
         let child = Command::new(std::env::current_exe().expect("this program"))
             .args(["--ignored", "--exact", "leaf::leaf_process", "--nocapture"])
-            .env(super::leaf::RELEASE, &self.release)
+            .env(super::leaf::RELEASE, self.directory.join("release"))
             .stdin(Stdio::from(control))
             .stdout(Stdio::null())
             .process_group(0)
             .spawn()
             .expect("a process");
+        let pid = i32::try_from(child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .expect("a process number");
+        std::fs::write(
+            self.directory(cgroup).join("cgroup.procs"),
+            child.id().to_string(),
+        )
+        .expect("write");
         let mut live = self.live.borrow_mut();
-        live.push((cgroup.to_owned(), child));
+        live.push((cgroup.to_owned(), pid));
         self.most.set(self.most.get().max(live.len()));
     }
 
     fn signal(&self, cgroup: &str, signal: Signal) {
-        for (name, child) in self.live.borrow().iter() {
-            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-            if let Some(pid) = pid.filter(|_| name == cgroup) {
-                let _ = kill_process_group(pid, signal);
-            }
+        for (_, pid) in self.live.borrow().iter().filter(|(name, _)| name == cgroup) {
+            let _ = kill_process_group(*pid, signal);
+        }
+    }
+}
+
+/// Whether a process of the group runs. Reaps those that do not.
+fn alive(group: Pid) -> bool {
+    loop {
+        match waitpgid(group, WaitOptions::NOHANG) {
+            Ok(Some(_)) => {}
+            Ok(None) => return true,
+            Err(_) => return false,
         }
     }
 }
@@ -226,7 +280,11 @@ struct Cgroups(Rc<Processes>);
 impl LeafCgroups for Cgroups {
     fn make(&self, name: &str) -> sock_sandbox::Result<Rc<dyn LeafCgroup>> {
         self.0.cgroups.set(self.0.cgroups.get() + 1);
-        Ok(Rc::new(Group { name: name.to_owned(), processes: Rc::clone(&self.0) }))
+        std::fs::create_dir_all(self.0.directory(name)).expect("a directory");
+        Ok(Rc::new(Group {
+            name: name.to_owned(),
+            processes: Rc::clone(&self.0),
+        }))
     }
 }
 
@@ -240,9 +298,8 @@ impl LeafCgroup for Group {
         Ok(Vec::new())
     }
 
-    /// A stand-in has no directory, so its name is all that `spawn` gets.
     fn directory(&self) -> Option<PathBuf> {
-        Some(Path::new("/").join(&self.name))
+        Some(self.processes.directory(&self.name))
     }
 
     fn freeze(&self) -> sock_sandbox::Result<()> {
@@ -262,13 +319,8 @@ impl LeafCgroup for Group {
 
     fn is_empty(&self) -> sock_sandbox::Result<bool> {
         let mut live = self.processes.live.borrow_mut();
-        live.retain_mut(|(name, child)| {
-            let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process number");
-            // The leader may be gone and have left children in its group.
-            *name != self.name
-                || !matches!(child.try_wait(), Ok(Some(_)))
-                || rustix::process::test_kill_process_group(pid).is_ok()
-        });
+        // The leader may be gone and have left children in its group.
+        live.retain(|(name, pid)| *name != self.name || alive(*pid));
         Ok(!live.iter().any(|(name, _)| *name == self.name))
     }
 
@@ -280,13 +332,21 @@ impl LeafCgroup for Group {
 
 fn name(cgroup: &dyn LeafCgroup) -> String {
     let directory = cgroup.directory().expect("a name");
-    directory.file_name().expect("a name").to_string_lossy().into_owned()
+    directory
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned()
 }
 
 struct Starter(Rc<Processes>);
 
 impl Interpreter for Starter {
-    fn start<'a>(&'a self, control: OwnedFd, cgroup: &'a dyn LeafCgroup) -> Local<'a, anyhow::Result<()>> {
+    fn start<'a>(
+        &'a self,
+        control: OwnedFd,
+        cgroup: &'a dyn LeafCgroup,
+    ) -> Local<'a, anyhow::Result<()>> {
         self.0.spawn(&name(cgroup), control);
         Box::pin(std::future::ready(Ok(())))
     }
@@ -303,15 +363,21 @@ impl Stable {
     fn appear(&self, config: &FunctionConfig, setup: &LeafSetup) {
         let mut setup = setup.clone();
         config.complete(&mut setup);
-        self.setup.replace(Some(SealedSetup::new(&setup).expect("a setup")));
+        self.setup
+            .replace(Some(SealedSetup::new(&setup).expect("a setup")));
         let (processes, setup) = (Rc::clone(&self.processes), Rc::clone(&self.setup));
-        self.zygote.replace(Some(Rc::new(Stand { processes, setup })));
+        self.zygote
+            .replace(Some(Rc::new(Stand { processes, setup })));
     }
 }
 
 impl Zygotes for Stable {
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>> {
-        let zygote = self.zygote.borrow().clone().map(|zygote| zygote as Rc<dyn Zygote>);
+        let zygote = self
+            .zygote
+            .borrow()
+            .clone()
+            .map(|zygote| zygote as Rc<dyn Zygote>);
         Box::pin(std::future::ready(zygote))
     }
 }
@@ -331,7 +397,10 @@ impl Zygote for Stand {
             let arrived = Arrived::interpreter(ours).await?;
             let setup = self.setup.borrow();
             let setup = setup.as_ref().expect("a setup");
-            Ok(Forked { leaf: arrived.setup(setup, &SetupFds::default())?, origin: None })
+            Ok(Forked {
+                leaf: arrived.setup(setup, &SetupFds::default())?,
+                origin: None,
+            })
         })
     }
 
@@ -343,7 +412,9 @@ impl Zygote for Stand {
 }
 
 pub async fn connect(port: u16) -> TcpStream {
-    TcpStream::connect(("127.0.0.1", port)).await.expect("a connection")
+    TcpStream::connect(("127.0.0.1", port))
+        .await
+        .expect("a connection")
 }
 
 #[derive(Debug)]
@@ -360,7 +431,10 @@ pub async fn send(client: &mut TcpStream, path: &str) {
 }
 
 pub async fn send_with_body(client: &mut TcpStream, path: &str, body: &[u8]) {
-    let head = format!("GET {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "GET {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     client.write_all(head.as_bytes()).await.expect("send");
     client.write_all(body).await.expect("send");
 }
@@ -378,13 +452,27 @@ pub async fn answer(client: &mut TcpStream) -> Answer {
             head.push(client.read_u8().await.expect("a head"));
         }
         let head = String::from_utf8(head).expect("text");
-        let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: ")).expect("a length");
+        let length = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Content-Length: "))
+            .expect("a length");
         let mut body = vec![0; length.parse().expect("a number")];
         client.read_exact(&mut body).await.expect("a body");
         (head, String::from_utf8(body).expect("text"))
     };
-    let (head, body) = timeout(Duration::from_secs(20), read).await.expect("an answer in time");
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    let (head, body) = timeout(Duration::from_secs(20), read)
+        .await
+        .expect("an answer in time");
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok())
+        .expect("a status");
     let leaf = body.parse().unwrap_or(0);
-    Answer { status, head, body, leaf }
+    Answer {
+        status,
+        head,
+        body,
+        leaf,
+    }
 }
