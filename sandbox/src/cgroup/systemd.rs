@@ -1,5 +1,9 @@
-//! Scopes of systemd, made over its private socket (`/run/systemd/private`), which is there without a D-Bus daemon.
+//! Scopes of systemd, made over the system bus, or over systemd's private socket where no bus runs (a kind node).
+//!
+//! On the private socket systemd signs its answers with a name that is not a unique one, and they cannot be parsed as D-Bus
+//! demands. There the call is sent without asking for an answer; whether it was heard shows in the process's cgroup.
 
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,7 +13,45 @@ use zbus::Variant;
 use super::limits::weight;
 use crate::{Error, Result};
 
+const BUS: &str = "/run/dbus/system_bus_socket";
 const PRIVATE: &str = "/run/systemd/private";
+const OBJECT: &str = "/org/freedesktop/systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+
+/// A way to speak to systemd.
+enum Manager {
+    Bus(zbus::Connection),
+    Private(zbus::Connection),
+}
+
+impl Manager {
+    async fn connect() -> Result<Self> {
+        if let Ok(stream) = UnixStream::connect(BUS) {
+            let connection = zbus::connection::Builder::unix_stream(stream).build().await;
+            return Ok(Self::Bus(connection.map_err(|e| failed("connect", BUS, e))?));
+        }
+        let stream = UnixStream::connect(PRIVATE).map_err(|e| failed("connect", PRIVATE, e))?;
+        let connection = zbus::connection::Builder::unix_stream(stream).p2p().build().await;
+        Ok(Self::Private(connection.map_err(|e| failed("connect", PRIVATE, e))?))
+    }
+
+    async fn call<B: serde::Serialize + zbus::zvariant::DynamicType>(&self, method: &'static str, unit: &str, body: &B) -> Result<()> {
+        let result = match self {
+            Self::Bus(bus) => bus.call_method(Some("org.freedesktop.systemd1"), OBJECT, Some(MANAGER), method, body).await.map(drop),
+            Self::Private(socket) => {
+                let message = zbus::message::Message::method_call(OBJECT, method)
+                    .interface(MANAGER)
+                    .with_flags(zbus::message::Flags::NO_REPLY_EXPECTED)
+                    .build(body);
+                match message {
+                    Ok(message) => socket.send(&message).await,
+                    Err(e) => Err(e),
+                }
+            }
+        };
+        result.map_err(|e| failed(method, unit, e))
+    }
+}
 
 /// `a-b.slice` lies in `a.slice/a-b.slice` (systemd.slice(5)).
 pub(super) fn slice_path(slice: &str) -> PathBuf {
@@ -35,12 +77,7 @@ fn failed(step: &'static str, unit: &str, reason: impl ToString) -> Error {
 
 /// Starts a transient scope with `pid` in it and waits until it is there.
 pub(super) async fn start_scope(slice: &str, unit: &str, pid: i32, resources: Option<&LinuxResources>, unified: bool) -> Result<()> {
-    let stream = std::os::unix::net::UnixStream::connect(PRIVATE).map_err(|e| failed("connect", PRIVATE, e))?;
-    let connection = zbus::connection::Builder::unix_stream(stream)
-        .p2p()
-        .build()
-        .await
-        .map_err(|e| failed("connect", PRIVATE, e))?;
+    let manager = Manager::connect().await?;
     let pids = [u32::try_from(pid).map_err(|e| failed("process number", unit, e))?];
     let mut properties: Vec<(&str, Variant<'_>)> = vec![
         ("Description", Variant::from("container of sock")),
@@ -73,18 +110,14 @@ pub(super) async fn start_scope(slice: &str, unit: &str, pid: i32, resources: Op
         properties.push(("TasksMax", Variant::from(pids.unsigned_abs())));
     }
     let auxiliary: Vec<(&str, Vec<(&str, Variant<'_>)>)> = Vec::new();
-    let manager = Some("org.freedesktop.systemd1.Manager");
-    let object = "/org/freedesktop/systemd1";
-    for attempt in 0..2 {
-        let body = (unit, "replace", &properties, &auxiliary);
-        match connection.call_method(None::<&str>, object, manager, "StartTransientUnit", &body).await {
-            Ok(_) => break,
-            // The scope of a container of that name that failed is still remembered.
-            Err(e) if attempt == 0 && e.to_string().contains("UnitExists") => {
-                let _ = connection.call_method(None::<&str>, object, manager, "ResetFailedUnit", &(unit,)).await;
-            }
-            Err(e) => return Err(failed("StartTransientUnit", unit, e)),
+    let body = (unit, "replace", &properties, &auxiliary);
+    if let Err(e) = manager.call("StartTransientUnit", unit, &body).await {
+        // The scope of a container of that name that failed is still remembered.
+        if !e.to_string().contains("UnitExists") && !e.to_string().contains("already") {
+            return Err(e);
         }
+        manager.call("ResetFailedUnit", unit, &(unit,)).await?;
+        manager.call("StartTransientUnit", unit, &body).await?;
     }
     wait_for_scope(unit, pid).await
 }
