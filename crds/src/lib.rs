@@ -34,3 +34,49 @@ pub fn yaml() -> Result<String, serde_yaml_ng::Error> {
     }
     Ok(out)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_installed_definitions_are_these() {
+        let installed = include_str!("../../manifests/crds.yaml");
+        assert!(
+            installed == yaml().unwrap(),
+            "run: cargo run -p sock-crds > manifests/crds.yaml"
+        );
+    }
+
+    #[test]
+    fn a_function_needs_little_and_gets_the_rest() {
+        let function: FunctionSpec = serde_json::from_str(
+            r#"{"packageSet":"plain","handler":"app.handler","source":{"inline":"x"}}"#,
+        )
+        .unwrap();
+        assert_eq!(
+            (
+                function.timeout_seconds,
+                function.replicas,
+                function.instances
+            ),
+            (60, 1, 8)
+        );
+        assert_eq!(
+            (function.reuse, function.idle.end_after_ms),
+            (Reuse::Always, 60_000)
+        );
+    }
+
+    #[test]
+    fn quantities_may_be_numbers() {
+        let resources: Resources =
+            serde_json::from_str(r#"{"limits":{"cpu":2,"memory":"1Gi"}}"#).unwrap();
+        let limits = resources.requirements().limits.unwrap();
+        assert_eq!(
+            (limits["cpu"].0.as_str(), limits["memory"].0.as_str()),
+            ("2", "1Gi")
+        );
+    }
+}

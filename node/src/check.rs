@@ -305,7 +305,8 @@ mod tests {
 
     #[test]
     fn each_lack_blocks_and_is_named() {
-        let broken: [(&str, fn(&mut Facts)); 7] = [
+        type Damage = fn(&mut Facts);
+        let broken: [(&str, Damage); 7] = [
             ("5.10.0", |facts| facts.kernel = "5.10.0-26-amd64".into()),
             ("memory", |facts| {
                 facts.cgroups.second = Some(vec!["cpu".into(), "pids".into()]);

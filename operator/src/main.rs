@@ -10,6 +10,9 @@ mod leader;
 mod metrics;
 mod package_set;
 mod pods;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod script;
 mod serve;
 
 use std::net::{Ipv6Addr, SocketAddr};

@@ -136,4 +136,5 @@ async fn steps(function: &Function, context: &Context) -> Result<Action, Error> 
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests;

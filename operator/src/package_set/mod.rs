@@ -122,4 +122,5 @@ async fn steps(set: &PackageSet, context: &Context) -> Result<Action, Error> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests;
