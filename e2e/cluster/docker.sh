@@ -52,7 +52,7 @@ docker_remember_host() {
     [[ -e $each ]] || echo "$each"
   done >"$host/absent-paths"
   for each in $(firewall_commands); do
-    { "$each" -w -S FORWARD || echo "-P FORWARD ACCEPT"; } 2>/dev/null | head -1 >"$host/$each-forward"
+    { "$each" -w -S FORWARD || echo "-P FORWARD ACCEPT"; } 2>/dev/null | sed -n 1p >"$host/$each-forward"
   done
   if command -v nft >/dev/null; then nft list tables 2>/dev/null | sort >"$host/nft-tables"; fi
   bridges >"$host/bridges"
@@ -126,7 +126,7 @@ docker_undo() {
   local pid attempt each
   docker_is_ours || return 0
   pid=$(cat "$STATE/dockerd.pid" 2>/dev/null || true)
-  if [[ -n $pid ]] && tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "--data-root $CACHE/docker"; then
+  if [[ -n $pid ]] && grep -qzFx -- "$CACHE/docker" "/proc/$pid/cmdline" 2>/dev/null; then
     kill "$pid"
     for attempt in {1..200}; do
       kill -0 "$pid" 2>/dev/null || break
@@ -177,12 +177,12 @@ firewall_restore() {
 
 # iptables makes a table the first time it is asked for it; an empty one that was not there goes again.
 firewall_drop_empty_tables() {
-  local table
+  local table rules
   [[ -e $STATE/host/nft-tables ]] || return 0
   nft list tables | sort | comm -13 "$STATE/host/nft-tables" - | while read -r _ table; do
     # shellcheck disable=SC2086 # family and name are two words
-    nft list table $table | grep -qE '^\s+(ip|ip6|meta|ct|iif|oif|jump|counter|xt|tcp|udp)\b' ||
-      nft delete table $table
+    rules=$(nft list table $table) || continue
+    grep -qE '^\s+(ip|ip6|meta|ct|iif|oif|jump|counter|xt|tcp|udp)\b' <<<"$rules" || nft delete table $table
   done
 }
 

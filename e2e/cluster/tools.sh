@@ -6,7 +6,7 @@
 TOOLS_SOURCE=$HERE/tools
 
 tools_version() { # MODULE
-  cat "$TOOLS_SOURCE"/*/go.mod | awk -v module="$1" '$1 == "require" { $0 = substr($0, 9) } $1 == module && $2 ~ /^v/ { print $2; exit }'
+  awk -v module="$1" '$1 == "require" { $0 = substr($0, 9) } $1 == module && $2 ~ /^v/ { print $2; exit }' "$TOOLS_SOURCE"/*/go.mod
 }
 
 tools_key() {
