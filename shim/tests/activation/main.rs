@@ -6,7 +6,7 @@ mod pod;
 
 use std::time::Duration;
 
-use pod::{Pod, Script, get, in_pod};
+use pod::{Script, get, in_pod};
 use sock_shim::activation::StartError;
 use sock_shim::activation::decide::Reuse;
 use tokio::io::AsyncReadExt;

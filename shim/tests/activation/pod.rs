@@ -233,6 +233,7 @@ impl Processes {
         self.directory.join(cgroup)
     }
 
+    #[allow(clippy::zombie_processes, reason = "`alive` reaps it with its group")]
     fn spawn(&self, cgroup: &str, control: OwnedFd) {
         use std::os::unix::process::CommandExt;
         let child = Command::new(std::env::current_exe().expect("this program"))
