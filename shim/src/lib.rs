@@ -10,6 +10,7 @@ pub mod home;
 pub mod log;
 pub mod pod;
 pub mod process;
+pub mod reexec;
 pub mod role;
 pub mod service;
 pub mod status;

@@ -6,6 +6,13 @@ use containerd_shim::Config;
 use sock_shim::service::Service;
 
 fn main() {
+    // `start` and `delete` enter no container.
+    if std::env::args_os().any(|a| a == "-socket")
+        && let Err(e) = sock_shim::reexec::from_read_only_mount()
+    {
+        eprintln!("containerd-shim-sock-v1: cannot run from a read-only mount: {e}");
+        std::process::exit(1);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // The process must have one thread when it forks or changes namespaces: a thread that a library asks for

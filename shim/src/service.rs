@@ -54,6 +54,7 @@ impl Shim for Service {
     }
 
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
+        crate::role::zygote::release(&self.bundle);
         // The server is gone. Whatever it left of this container is found by the cgroup.
         if let Ok(spec) = load_spec(&self.bundle)
             && let Some(path) = spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref())

@@ -13,6 +13,7 @@ use std::time::Duration;
 use oci_spec::runtime::{
     Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction, LinuxSyscallBuilder, Spec,
 };
+use serde_json::json;
 use sock_sandbox::root::Root;
 use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, namespace};
 use sock_zygote::protocol::ZygoteSetup;
@@ -22,6 +23,7 @@ use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages};
 use crate::activation::ZygoteName;
 use crate::children::Claim;
 use crate::process::{Process, progress};
+use crate::status::StatusServer;
 use crate::task::Failure;
 
 /// From the start of the interpreter to the last import. kubelet gives up after 120 s.
@@ -41,7 +43,8 @@ pub struct ZygoteContainer {
     user: UserMapping,
     holder: RefCell<Option<NamespaceHolder>>,
     control: RefCell<Option<OwnedFd>>,
-    serving: RefCell<Vec<tokio::task::AbortHandle>>,
+    serving: RefCell<Option<tokio::task::AbortHandle>>,
+    status: RefCell<Option<StatusServer>>,
     /// Whether it was warm once.
     pub warm: Cell<bool>,
 }
@@ -88,6 +91,7 @@ impl ZygoteContainer {
             holder: RefCell::default(),
             control: RefCell::default(),
             serving: RefCell::default(),
+            status: RefCell::default(),
             warm: Cell::new(false),
         })
     }
@@ -96,7 +100,7 @@ impl ZygoteContainer {
     ///
     /// # Errors
     /// The kernel refuses, for instance user namespaces.
-    pub async fn isolate(&self, spec: &mut Spec) -> Result<OwnedFd, Failure> {
+    pub async fn isolate(&self, spec: &mut Spec, bundle: &Path) -> Result<OwnedFd, Failure> {
         let mut own = Spec::default();
         own.set_mounts(None).set_hostname(spec.hostname().clone());
         let mut process = spec.process().clone().unwrap_or_default();
@@ -126,6 +130,7 @@ impl ZygoteContainer {
         })?;
         let _claim = Claim::new(launched.pid);
         crate::home::keep_out(launched.pid);
+        record(bundle, launched.pid)?;
         let made = async {
             launched.proceed()?;
             for step in ["make", "start"] {
@@ -202,15 +207,22 @@ impl ZygoteContainer {
             let reason = broker.serve(&zygote, user.as_fd(), uid, gid).await;
             tracing::info!(error = %reason, "zygote is gone");
         });
-        let tasks = vec![serve.abort_handle()];
-        *self.serving.borrow_mut() = tasks;
+        let modules: Vec<_> = warm.modules.iter().map(|m| json!({"name": m.name, "micros": m.micros})).collect();
+        let document = json!({"ready": true, "importMicros": warm.import_micros, "modules": modules});
+        match StatusServer::start(self.status_port, move || document.clone()) {
+            Ok(server) => *self.status.borrow_mut() = Some(server),
+            // Figures are missing then; Functions are served.
+            Err(e) => tracing::warn!(port = self.status_port, error = %e, "no status of the pool"),
+        }
+        *self.serving.borrow_mut() = Some(serve.abort_handle());
         self.warm.set(true);
         Ok(())
     }
 
-    /// After the end of the interpreter.
+    /// After the end of the interpreter. What it made for its leaves ends with the last of them.
     pub fn finish(&self) {
-        for task in self.serving.take() {
+        self.status.take();
+        if let Some(task) = self.serving.take() {
             task.abort();
         }
         if let Some(holder) = self.holder.take() {
@@ -220,6 +232,35 @@ impl ZygoteContainer {
                 libc::syscall(libc::SYS_pidfd_send_signal, std::os::fd::AsRawFd::as_raw_fd(&holder.process.pidfd), libc::SIGTERM, std::ptr::null::<libc::siginfo_t>(), 0);
             }
         }
+    }
+}
+
+/// The file in a bundle that names the holder, for the `delete` command after a crash of the shim.
+const HOLDER: &str = "sock-holder";
+
+/// Process number and start time: together they name one process for ever.
+fn record(bundle: &Path, pid: i32) -> Result<(), Failure> {
+    let started = start_time(pid).ok_or_else(|| Failure::unknown("the zygote's holder is gone"))?;
+    Ok(std::fs::write(bundle.join(HOLDER), format!("{pid} {started}"))?)
+}
+
+/// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// After a crash: has the holder of a bundle's zygote end with the last leaf.
+pub fn release(bundle: &Path) {
+    let Ok(text) = std::fs::read_to_string(bundle.join(HOLDER)) else { return };
+    let mut parts = text.split_whitespace();
+    let (pid, started) = (parts.next().and_then(|p| p.parse::<i32>().ok()), parts.next().and_then(|s| s.parse::<u64>().ok()));
+    if let Some(pid) = pid
+        && started.is_some()
+        && start_time(pid) == started
+    {
+        // SAFETY: sends a signal to a process that was just found to be the one recorded.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
     }
 }
 

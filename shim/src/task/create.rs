@@ -33,7 +33,7 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
     let role = Role::of(&request.id, &mut spec)?;
     let mut extra = Vec::new();
     if let Role::Zygote(zygote) = &role {
-        extra.push((3, zygote.isolate(&mut spec).await?));
+        extra.push((3, zygote.isolate(&mut spec, &bundle).await?));
     }
     let sandbox = spec.annotations().as_ref().and_then(|a| a.get(SANDBOX_ID).cloned()).unwrap_or_else(|| request.id.clone());
     let paths = Paths { stdin: request.stdin.clone(), stdout: request.stdout.clone(), stderr: request.stderr.clone(), terminal: request.terminal };
