@@ -1,1 +1,16 @@
-//! .
+//! Drives a cluster as a user would, with `kubectl`, and looks at its nodes as an administrator would.
+//!
+//! The tests in `tests/` need the cluster that `make install` makes; `e2e/cluster/env` says where it is.
+
+mod client;
+mod cluster;
+pub mod manifest;
+mod namespace;
+mod node;
+mod wait;
+
+pub use client::{Answer, Client, Load};
+pub use cluster::{apply, get, kubectl, kubectl_with, program};
+pub use namespace::{Namespace, Security, in_namespace, in_namespace_of};
+pub use node::{Node, Process, workers};
+pub use wait::{MINUTE, until};

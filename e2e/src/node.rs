@@ -1,0 +1,252 @@
+//! A node of the cluster, seen from inside: processes, cgroups, mounts.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use crate::cluster::{get, output, program};
+
+/// Prints a line a process: number, program, namespaces, cgroup, status, arguments; parts end with a tab.
+const DESCRIBE: &str = r#"
+describe() {
+  [ -r "/proc/$1/status" ] || return 0
+  printf '%s\t%s\t' "$1" "$(readlink "/proc/$1/exe")"
+  for each in user pid net mnt; do printf '%s\t' "$(readlink "/proc/$1/ns/$each")"; done
+  printf '%s\t' "$(awk -F: '$2 == "freezer" { freezer = $3 } $1 == 0 { unified = $3 } END { print freezer == "" ? unified : freezer }' "/proc/$1/cgroup")"
+  printf '%s\t' "$(grep -E '^(PPid|NSpid|Uid|Groups|Cap...|NoNewPrivs|Seccomp|Seccomp_filters):' "/proc/$1/status" | tr '\t' ' ' | tr '\n' ';')"
+  tr '\0\n\t' '   ' <"/proc/$1/cmdline"
+  echo
+}
+"#;
+
+/// A node of the cluster.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Node {
+    /// Its name, which with kind is also its container's.
+    pub name: String,
+}
+
+/// A process on a node, as the node numbers it.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Its number in the node's PID namespace.
+    pub pid: u32,
+    /// The file it runs.
+    pub exe: String,
+    /// Its user namespace.
+    pub user_namespace: String,
+    /// Its PID namespace.
+    pub pid_namespace: String,
+    /// Its network namespace.
+    pub network_namespace: String,
+    /// Its mount namespace.
+    pub mount_namespace: String,
+    /// Its path in the hierarchy that freezes.
+    pub cgroup: String,
+    /// Lines of `/proc/PID/status`.
+    pub status: HashMap<String, String>,
+    /// Its arguments.
+    pub arguments: String,
+}
+
+impl Process {
+    /// Whether it is a Python interpreter.
+    pub fn is_interpreter(&self) -> bool {
+        Path::new(&self.exe)
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("python"))
+    }
+
+    /// A line of its status.
+    ///
+    /// # Errors
+    /// There is no such line.
+    pub fn status(&self, name: &str) -> Result<&str> {
+        let value = self.status.get(name).map(String::as_str);
+        value.with_context(|| format!("{name} in the status of process {}", self.pid))
+    }
+
+    /// All capability sets in one number: zero only if each is empty.
+    ///
+    /// # Errors
+    /// The status has no such lines.
+    pub fn capabilities(&self) -> Result<u64> {
+        ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"]
+            .iter()
+            .try_fold(0, |all, name| {
+                Ok(all | u64::from_str_radix(self.status(name)?, 16)?)
+            })
+    }
+}
+
+/// The nodes that have sock, in the order of their names.
+///
+/// # Errors
+/// `kubectl` fails.
+pub fn workers() -> Result<Vec<Node>> {
+    let list = get(&["nodes", "--selector=sock.dev/node=ready"])?;
+    let items = list["items"].as_array().context("a list of nodes")?;
+    let mut nodes: Vec<Node> = items
+        .iter()
+        .filter_map(|node| node["metadata"]["name"].as_str())
+        .map(|name| Node {
+            name: name.to_owned(),
+        })
+        .collect();
+    nodes.sort_by(|a, b| a.name.cmp(&b.name));
+    if nodes.len() < 2 {
+        bail!(
+            "the tests need two nodes with sock, there are {}",
+            nodes.len()
+        );
+    }
+    Ok(nodes)
+}
+
+impl Node {
+    /// The node of a pod.
+    ///
+    /// # Errors
+    /// The pod is on no node yet.
+    pub fn of(pod: &Value) -> Result<Node> {
+        let name = pod["spec"]["nodeName"].as_str().context("spec.nodeName")?;
+        Ok(Node {
+            name: name.to_owned(),
+        })
+    }
+
+    /// Another node than this one.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn other(&self) -> Result<Node> {
+        let mut nodes = workers()?.into_iter();
+        nodes.find(|node| node != self).context("a second node")
+    }
+
+    /// What a shell prints on the node; `$1` and so on are the arguments.
+    ///
+    /// # Errors
+    /// It fails; what it said is in the error.
+    pub fn shell(&self, script: &str, arguments: &[&str]) -> Result<String> {
+        self.shell_with(script, arguments, None)
+    }
+
+    /// The same with standard input.
+    ///
+    /// # Errors
+    /// It fails; what it said is in the error.
+    pub fn shell_with(
+        &self,
+        script: &str,
+        arguments: &[&str],
+        input: Option<&str>,
+    ) -> Result<String> {
+        let mut all = vec!["exec", "-i", &self.name, "sh", "-c", script, "sh"];
+        all.extend(arguments);
+        output(&mut program("docker", &all)?, input)
+    }
+
+    /// Processes by number; those that are gone are left out.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn processes(&self, pids: &[u32]) -> Result<Vec<Process>> {
+        let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
+        let pids: Vec<&str> = pids.iter().map(String::as_str).collect();
+        let script = format!("{DESCRIBE}\nfor pid in \"$@\"; do describe \"$pid\"; done");
+        parse(&self.shell(&script, &pids)?)
+    }
+
+    /// Every process in the cgroups of a pod.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn processes_of(&self, pod: &Value) -> Result<Vec<Process>> {
+        let uid = pod["metadata"]["uid"].as_str().context("metadata.uid")?;
+        // With systemd's driver the dashes of the UID are underscores.
+        let script = format!(
+            "{DESCRIBE}\nfor pid in $(find /sys/fs/cgroup -name cgroup.procs \\( -path \"*pod$1*\" -o -path \"*pod$2*\" \\) \
+             -exec cat {{}} + 2>/dev/null | sort -un); do describe \"$pid\"; done"
+        );
+        parse(&self.shell(&script, &[uid, &uid.replace('-', "_")])?)
+    }
+
+    /// The interpreters among them.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn interpreters_of(&self, pod: &Value) -> Result<Vec<Process>> {
+        let mut processes = self.processes_of(pod)?;
+        processes.retain(Process::is_interpreter);
+        Ok(processes)
+    }
+
+    /// The zygote of a pool: the interpreter that its shim's container runs, not one that was forked from it.
+    ///
+    /// # Errors
+    /// The pool has none now.
+    pub fn zygote_of(&self, pool: &Value) -> Result<Process> {
+        let interpreters = self.interpreters_of(pool)?;
+        let pids: Vec<String> = interpreters.iter().map(|one| one.pid.to_string()).collect();
+        let found = interpreters.into_iter().find(|one| {
+            one.status("PPid")
+                .is_ok_and(|parent| !pids.iter().any(|pid| pid == parent))
+        });
+        found.context("a zygote in the pool's pod")
+    }
+
+    /// Whether the cgroup of a process is frozen.
+    ///
+    /// # Errors
+    /// The node does not answer.
+    pub fn is_frozen(&self, process: &Process) -> Result<bool> {
+        let script = r#"
+            if [ -e "/sys/fs/cgroup/freezer$1/freezer.state" ]; then grep -c FROZEN "/sys/fs/cgroup/freezer$1/freezer.state"
+            else grep -c 'frozen 1' "/sys/fs/cgroup$1/cgroup.events"; fi || true"#;
+        Ok(self.shell(script, &[&process.cgroup])?.trim() == "1")
+    }
+
+    /// Copies a program of the tests to the node, if it is not there, and returns its path.
+    ///
+    /// # Errors
+    /// `docker cp` fails.
+    pub fn install(&self, binary: &Path) -> Result<String> {
+        let name = binary.file_name().context("a program's name")?;
+        let path = format!("/usr/local/bin/{}", name.to_string_lossy());
+        let from = binary.to_string_lossy();
+        let to = format!("{}:{path}", self.name);
+        output(&mut program("docker", &["cp", &from, &to])?, None)?;
+        Ok(path)
+    }
+}
+
+fn parse(lines: &str) -> Result<Vec<Process>> {
+    lines
+        .lines()
+        .map(|line| {
+            let parts: Vec<&str> = line.splitn(9, '\t').collect();
+            let [pid, exe, user, pids, net, mount, cgroup, status, arguments] = parts[..] else {
+                bail!("a process is described by {line:?}");
+            };
+            let status = status
+                .split(';')
+                .filter_map(|line| line.split_once(':'))
+                .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+                .collect();
+            Ok(Process {
+                pid: pid.parse()?,
+                exe: exe.to_owned(),
+                user_namespace: user.to_owned(),
+                pid_namespace: pids.to_owned(),
+                network_namespace: net.to_owned(),
+                mount_namespace: mount.to_owned(),
+                cgroup: cgroup.to_owned(),
+                status,
+                arguments: arguments.trim().to_owned(),
+            })
+        })
+        .collect()
+}
