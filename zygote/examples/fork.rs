@@ -80,7 +80,7 @@ async fn run(options: &Options) {
     if options.packages.is_some() {
         setup.path = vec!["/opt/sock-packages".into()];
     }
-    let pool = Pool::with_python(&image, &setup, &options.python)
+    let pool = Pool::with_python(image, &setup, &options.python)
         .await
         .unwrap_or_else(|e| panic!("zygote: {e}"));
     let status = std::fs::read_to_string(format!("/proc/{}/status", pool.process.pid())).unwrap();

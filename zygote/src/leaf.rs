@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
 
@@ -44,10 +45,10 @@ impl Arrived {
     pub async fn interpreter(control: OwnedFd) -> Result<Arrived> {
         let control = Channel::new(control, "leaf")?;
         let hello = control.receive().await?;
-        Arrived::new(control, hello)
+        Arrived::new(control, hello).await
     }
 
-    pub(crate) fn new(channel: Channel, hello: Received<FromLeaf>) -> Result<Arrived> {
+    pub(crate) async fn new(channel: Channel, hello: Received<FromLeaf>) -> Result<Arrived> {
         match hello.message {
             FromLeaf::Hello => {}
             FromLeaf::Failed { message, traceback } => {
@@ -66,8 +67,11 @@ impl Arrived {
             pid: number,
             problem: "cannot be seen from this process namespace",
         })?;
-        let pidfd = pidfd_open(pid, PidfdFlags::empty())
-            .map_err(Error::system("open the leaf's pidfd (pidfd_open)"))?;
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            // It has ended already, and may have said why.
+            Err(Errno::SRCH) => return Err(farewell(&channel, number).await),
+            other => other.map_err(Error::system("open the leaf's pidfd (pidfd_open)"))?,
+        };
         Ok(Arrived {
             channel,
             pid: number,
@@ -91,6 +95,20 @@ impl Arrived {
             .unzip();
         self.channel.send(&ToLeaf::Setup { fds: roles }, &list)?;
         Ok(Confining(self))
+    }
+}
+
+async fn farewell(channel: &Channel, pid: i32) -> Error {
+    match channel.receive::<FromLeaf>().await {
+        Ok(Received {
+            message: FromLeaf::Failed { message, traceback },
+            ..
+        }) => Error::LeafFailed { message, traceback },
+        Ok(_) => Error::Impostor {
+            pid,
+            problem: "has ended",
+        },
+        Err(error) => error,
     }
 }
 

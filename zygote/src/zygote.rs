@@ -157,7 +157,7 @@ impl ZygoteChannel {
                     .get(&ticket.number)
                     .and_then(|a| a.clone())
                     .and_then(Result::ok);
-                Ok((Arrived::new(control, hello)?, origin))
+                Ok((Arrived::new(control, hello).await?, origin))
             }
             // The zygote dropped the leaf's end: its answer says why.
             Err(error) if error.is_closed() => Err(self.listen(ticket.number).await),

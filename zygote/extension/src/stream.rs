@@ -205,7 +205,7 @@ impl Write for Stream {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.shared.shutdown();
+        // The loop does that, after what hyper may have left unsaid.
         Poll::Ready(Ok(()))
     }
 }

@@ -449,6 +449,8 @@ pub struct Pool {
     pub zygote: Zygote,
     pub warm: Warm,
     pub channel: ZygoteChannel,
+    /// The zygote's root: its files go with it.
+    pub image: Container,
 }
 
 pub fn zygote_setup(imports: &[&str]) -> ZygoteSetup {
@@ -461,16 +463,16 @@ pub fn zygote_setup(imports: &[&str]) -> ZygoteSetup {
 }
 
 impl Pool {
-    pub async fn start(container: &Container, setup: &ZygoteSetup) -> Result<Pool, Error> {
+    pub async fn start(container: Container, setup: &ZygoteSetup) -> Result<Pool, Error> {
         Pool::with_python(container, setup, "/usr/bin/python3").await
     }
 
     pub async fn with_python(
-        container: &Container,
+        container: Container,
         setup: &ZygoteSetup,
         python: &str,
     ) -> Result<Pool, Error> {
-        let mut process = ZygoteProcess::start(container, python);
+        let mut process = ZygoteProcess::start(&container, python);
         let (zygote, warm) = Zygote::configure(process.control.take().unwrap(), setup).await?;
         let channel = ZygoteChannel::new(zygote.attach()?)?;
         Ok(Pool {
@@ -478,6 +480,7 @@ impl Pool {
             zygote,
             warm,
             channel,
+            image: container,
         })
     }
 }

@@ -1,0 +1,364 @@
+//! A zygote: what it refuses, what it keeps ahead, and what cannot harm it.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::{SendFlags, send};
+use serde_json::Value;
+use sock_zygote::protocol::{self, FromZygote, ToZygote};
+use sock_zygote::{Broker, Error, Event, attach};
+use support::{
+    Container, Function, Pool, Running, USER, connection, reply, shim, until, zygote_setup,
+};
+
+const NUMBERS: &str = "
+import random, ssl, os
+def handler(event, context):
+    return [random.random(), ssl.RAND_bytes(8).hex(), os.urandom(4).hex()]
+";
+
+async fn answer(leaf: &Running) -> Value {
+    let (mut client, served) = connection();
+    client
+        .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    leaf.leaf.serve(1, served.as_fd()).unwrap();
+    until(&leaf.leaf, |e| matches!(e, Event::Done { .. })).await;
+    let reply = reply(&mut client);
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    serde_json::from_slice(&reply.body).unwrap()
+}
+
+fn image(name: &str, source: &str) -> Container {
+    Container::new(&[(&format!("/packages/{name}.py"), source)], &[])
+}
+
+async fn refused(name: &str, source: &str, accepted: bool) -> Result<Pool, (String, String)> {
+    let mut setup = zygote_setup(&["json", name]);
+    setup.path = vec!["/packages".into()];
+    setup.accepted_threads = if accepted { vec![name.into()] } else { vec![] };
+    match Pool::start(image(name, source), &setup).await {
+        Ok(pool) => Ok(pool),
+        Err(Error::Refused { module, message }) => Err((module, message)),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[test]
+fn a_module_that_starts_a_thread_is_named() {
+    const SOURCE: &str = "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True, name='ticker').start()\n";
+    shim(async {
+        let (module, message) = refused("ticking", SOURCE, false).await.err().unwrap();
+        assert_eq!(module, "ticking");
+        assert!(
+            message.contains("1 thread ") && message.contains("ticker (time)"),
+            "{message}"
+        );
+        let pool = refused("ticking", SOURCE, true).await.ok().unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        answer(&function.leaf(&pool.channel, true, None).await.unwrap()).await;
+    });
+}
+
+#[test]
+fn a_failing_import_is_named_with_its_line() {
+    shim(async {
+        let (module, message) = refused("broken", "import json\nimport missing_thing\n", false)
+            .await
+            .err()
+            .unwrap();
+        assert_eq!(module, "broken");
+        assert_eq!(
+            message,
+            "ModuleNotFoundError: No module named 'missing_thing' (/packages/broken.py, line 2)"
+        );
+        let (_, message) = refused("typo", "def f(:\n  pass\n", false)
+            .await
+            .err()
+            .unwrap();
+        assert!(
+            message.starts_with("SyntaxError: ")
+                && message.ends_with("(/packages/typo.py, line 1)"),
+            "{message}"
+        );
+    });
+}
+
+#[test]
+fn imports_are_timed_one_by_one() {
+    shim(async {
+        let pool = Pool::start(
+            Container::new(&[], &[]),
+            &zygote_setup(&["decimal", "sqlite3"]),
+        )
+        .await
+        .unwrap();
+        let names: Vec<&str> = pool.warm.modules.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(names, ["decimal", "sqlite3"]);
+        assert!(pool.warm.import_micros >= pool.warm.modules.iter().map(|m| m.micros).sum());
+    });
+}
+
+#[test]
+fn leaves_draw_different_numbers() {
+    shim(async {
+        let mut setup = zygote_setup(&["random", "ssl"]);
+        setup.spares = 1;
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let mut seen = Vec::new();
+        for fresh in [true, true, false, false] {
+            let leaf = function.leaf(&pool.channel, fresh, None).await.unwrap();
+            seen.extend(
+                answer(&leaf)
+                    .await
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(Value::to_string),
+            );
+        }
+        let count = seen.len();
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), count);
+    });
+}
+
+#[test]
+fn a_handler_that_cannot_be_loaded_is_explained() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&["statistics"]))
+            .await
+            .unwrap();
+        let fails = async |source: &str, handler: &str| {
+            let mut function = Function::new(&pool, source, &[]);
+            function.setup.handler = handler.into();
+            match function.leaf(&pool.channel, true, None).await {
+                Err(Error::LeafFailed { message, .. }) => message,
+                Err(other) => panic!("{other}"),
+                Ok(_) => panic!("{handler} was loaded"),
+            }
+        };
+        assert_eq!(
+            fails("x = 1\ny = x.z\n", "app.handler").await,
+            "AttributeError: 'int' object has no attribute 'z' (/srv/function/app.py, line 2)"
+        );
+        assert_eq!(
+            fails("x = 1", "app.handler").await,
+            "handler 'app.handler': /srv/function/app.py defines no 'handler'"
+        );
+        assert_eq!(
+            fails("x = 1", "app.x").await,
+            "handler 'app.x': 'x' in /srv/function/app.py is a int, not a function"
+        );
+        assert!(
+            fails("x = 1", "nope.x")
+                .await
+                .starts_with("handler 'nope.x': there is no module 'nope' in /srv/function")
+        );
+        assert!(
+            fails("x = 1", "app")
+                .await
+                .contains("not of the form module.attribute")
+        );
+        assert!(
+            fails("async def h(e, c): pass", "app.h")
+                .await
+                .contains("async")
+        );
+        assert!(
+            fails("def f(:", "app.h")
+                .await
+                .ends_with("(/srv/function/app.py, line 1)")
+        );
+        assert!(
+            fails("import sys; sys.exit(3)", "app.h")
+                .await
+                .contains("status 3")
+        );
+    });
+}
+
+#[test]
+fn the_functions_module_wins_over_one_that_the_zygote_has_imported() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&["statistics"]))
+            .await
+            .unwrap();
+        let source = "def handler(event, context):\n    return 'mine'\n";
+        let container = Container::new(&[("/srv/function/statistics.py", source)], &[]);
+        let mut function = Function::in_container(&pool, container);
+        function.setup.handler = "statistics.handler".into();
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let (mut client, served) = connection();
+        client
+            .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            .unwrap();
+        leaf.leaf.serve(1, served.as_fd()).unwrap();
+        assert_eq!(reply(&mut client).text(), "mine");
+    });
+}
+
+#[test]
+fn spares_are_taken_and_replaced() {
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.spares = 2;
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let ahead = || support::children(pool.process.pid()).len();
+        for round in 0..3 {
+            for _ in 0..200 {
+                if ahead() == 2 + round {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            assert_eq!(ahead(), 2 + round);
+            let leaf = function.leaf(&pool.channel, false, None).await.unwrap();
+            answer(&leaf).await;
+            std::mem::forget(leaf);
+        }
+    });
+}
+
+#[test]
+fn a_spare_that_was_killed_is_not_handed_out() {
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.spares = 1;
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        for pid in support::children(pool.process.pid()) {
+            // SAFETY: takes numbers only.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        answer(&function.leaf(&pool.channel, false, None).await.unwrap()).await;
+    });
+}
+
+#[test]
+fn hostile_bytes_on_a_channel_end_that_channel_only() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let (ours, theirs) = protocol::pair().unwrap();
+        let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let attacks: [&dyn Fn(&OwnedFd); 7] = [
+            &|c| assert!(send(c, &[0xff; 900], SendFlags::empty()).is_ok()),
+            &|c| assert!(send(c, &vec![7u8; 70_000], SendFlags::empty()).is_ok()),
+            &|c| assert!(send(c, b"", SendFlags::empty()).is_ok()),
+            &|c| drop(protocol::send(c, &ToZygote::Attach, &[ours.as_fd()])),
+            &|c| {
+                drop(protocol::send(
+                    c,
+                    &ToZygote::Fork {
+                        ticket: 1,
+                        fresh: true,
+                    },
+                    &[],
+                ))
+            },
+            &|c| {
+                drop(protocol::send(
+                    c,
+                    &ToZygote::Fork {
+                        ticket: 1,
+                        fresh: true,
+                    },
+                    &[file.as_fd()],
+                ))
+            },
+            &|c| {
+                drop(protocol::send(
+                    c,
+                    &ToZygote::Fork {
+                        ticket: 1,
+                        fresh: true,
+                    },
+                    &[ours.as_fd(), theirs.as_fd()],
+                ))
+            },
+        ];
+        for (number, attack) in attacks.iter().enumerate() {
+            let channel = pool.zygote.attach().unwrap();
+            attack(&channel);
+            let gone = sock_zygote::Channel::new(channel, "zygote")
+                .unwrap()
+                .receive::<FromZygote>()
+                .await;
+            assert!(gone.unwrap_err().is_closed(), "attack {number}");
+        }
+        // The shim's own channel is not that of a tenant, and survives nonsense too.
+        answer(&function.leaf(&pool.channel, true, None).await.unwrap()).await;
+    });
+}
+
+#[test]
+fn a_leaf_survives_neither_nonsense_nor_a_lost_shim() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        // Nobody sets it up: it ends with its channel.
+        let (arrived, _) = pool.channel.fork(true).await.unwrap();
+        assert_eq!(support::children(pool.process.pid()).len(), 1);
+        drop(arrived);
+        for _ in 0..200 {
+            if support::children(pool.process.pid()).is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("the leaf is still there");
+    });
+}
+
+#[test]
+fn many_forks_at_once_on_one_channel() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&["json"]))
+            .await
+            .unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let fork =
+            || async { answer(&function.leaf(&pool.channel, true, None).await.unwrap()).await };
+        let (a, b, c, d) = tokio::join!(fork(), fork(), fork(), fork());
+        assert!([&b, &c, &d].iter().all(|other| **other != a));
+    });
+}
+
+#[test]
+fn a_broker_leads_to_its_zygote_and_stale_sockets_go() {
+    shim(async {
+        let dir = tempfile::tempdir().unwrap();
+        // As long as the names of a real pool: longer than sun_path.
+        let dir = dir.path().join("t".repeat(64)).join("d".repeat(64));
+        assert!(attach(&dir).await.unwrap().is_none());
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let stale = dir.join("stale.sock");
+        let broker = Broker::listen(&dir.join(format!("{}.sock", "s".repeat(64)))).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(dir.parent().unwrap().join("x")).unwrap());
+        std::fs::rename(dir.parent().unwrap().join("x"), &stale).unwrap();
+        let found = tokio::select! {
+            error = broker.serve(&pool.zygote, pool.process.user_namespace.as_fd(), USER, USER) => panic!("{error}"),
+            found = attach(&dir) => found.unwrap().unwrap(),
+        };
+        assert_eq!((found.uid, found.gid), (USER, USER));
+        let function = Function::new(&pool, NUMBERS, &[]);
+        answer(&function.leaf(&found.zygote, true, None).await.unwrap()).await;
+        drop(broker);
+        assert!(attach(&dir).await.unwrap().is_none());
+    });
+}
