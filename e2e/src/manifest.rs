@@ -98,3 +98,17 @@ pub fn function(name: &str, package_set: &str, code: &str) -> Value {
         "spec": {"packageSet": package_set, "handler": "app.handler", "source": {"inline": code}},
     })
 }
+
+/// Keeps a PackageSet, and with it its Functions, to one node.
+pub fn only_on(node: &str, mut package_set: Value) -> Value {
+    package_set["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+    package_set
+}
+
+/// The same Function with fields of its spec set.
+pub fn with(mut function: Value, fields: &Value) -> Value {
+    if let (Some(spec), Some(fields)) = (function["spec"].as_object_mut(), fields.as_object()) {
+        spec.extend(fields.clone());
+    }
+    function
+}

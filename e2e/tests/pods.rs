@@ -179,7 +179,7 @@ fn a_pod_finds_names_and_reaches_services() {
         let url = format!("http://echo.{}.svc.cluster.local/", namespace.name);
         for url in ["http://echo/", &url] {
             let said =
-                namespace.kubectl(&["exec", "box", "--", "wget", "-qO-", "-T", "10", url])?;
+                namespace.kubectl(&["exec", "box", "--", "timeout", "10", "wget", "-qO-", url])?;
             ensure!(address == said.trim(), "{url} sees {said}, not {address}");
         }
         Ok(())

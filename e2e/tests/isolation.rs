@@ -1,0 +1,393 @@
+//! What a leaf and a zygote may not do, and what they cannot see.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+use sock_e2e::{Client, Namespace, Node, in_namespace, manifest, workers};
+
+/// Says how the kernel sees the leaf, and what it can do.
+const REPORT: &str = r#"
+import ctypes
+import errno
+import os
+import socket
+import urllib.request
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def attempt(call, *arguments):
+    ctypes.set_errno(0)
+    return "allowed" if call(*arguments) >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def status():
+    with open("/proc/self/status") as file:
+        return {name: value.strip() for name, value in (line.split(":", 1) for line in file)}
+
+
+def writable(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    os.unlink(path)
+    return "allowed"
+
+
+def handler(event, context):
+    url = event["query"].get("url")
+    if url:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read().decode()
+    with open("/etc/hosts") as hosts, open("/proc/self/mountinfo") as mounts:
+        hosts, mounts = hosts.read(), mounts.read()
+    return {
+        "status": status(),
+        "pid": os.getpid(),
+        "pids": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
+        "hostname": socket.gethostname(),
+        "hosts": hosts,
+        "mounts": mounts,
+        "code": sorted(name for name in os.listdir("/srv/function") if not name.startswith(".")),
+        "mounted": sorted(os.listdir("/etc/pod")) if os.path.isdir("/etc/pod") else None,
+        "environment": dict(os.environ),
+        "descriptors": {name: os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+                        if os.path.islink(f"/proc/self/fd/{name}")},
+        "unshare user": attempt(libc.unshare, 0x10000000),
+        "unshare mount": attempt(libc.unshare, 0x00020000),
+        "mount": attempt(libc.mount, b"none", b"/tmp", b"tmpfs", 0, None),
+        "chroot": attempt(libc.chroot, b"/tmp"),
+        "sethostname": attempt(libc.sethostname, b"other", 5),
+        "keyctl": attempt(libc.syscall, 250, 0, -3, 0, 0, 0),
+        "bpf": attempt(libc.syscall, 321, 0, 0, 0),
+        "write cache": writable("/opt/sock/site-packages/owned.py"),
+        "write sock": writable("/opt/sock/owned"),
+        "write code": writable("/srv/function/owned.py"),
+        "write proc": writable("/proc/sys/kernel/owned"),
+        "write tmp": writable("/tmp/mine"),
+    }
+"#;
+
+/// Tries, from inside of other namespaces and with every capability over them, to make writable what is not.
+const ATTACK: &str = r#"
+import ctypes
+import json
+import os
+
+libc = ctypes.CDLL(None, use_errno=True)
+MS_REMOUNT_BIND, MOUNT_ATTR_RDONLY, AT_FDCWD, MOUNT_SETATTR = 32 | 4096, 1, -100, 442
+
+
+class MountAttributes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
+
+
+def read_only():
+    with open("/proc/self/mountinfo") as file:
+        lines = [line.split() for line in file]
+    return [line[4].encode().decode("unicode_escape") for line in lines if "ro" in line[5].split(",")]
+
+
+before = read_only()
+lifted = []
+for path in before:
+    name = os.fsencode(path)
+    attributes = MountAttributes(clear=MOUNT_ATTR_RDONLY)
+    if libc.syscall(MOUNT_SETATTR, AT_FDCWD, name, 0, ctypes.byref(attributes), ctypes.sizeof(attributes)) == 0:
+        lifted.append(["mount_setattr", path])
+    if libc.mount(None, name, None, MS_REMOUNT_BIND, None) == 0:
+        lifted.append(["remount", path])
+    if libc.umount2(name, 2) == 0:
+        lifted.append(["umount", path])
+written = []
+for path in before:
+    target = os.path.join(path, "owned") if os.path.isdir(path) else path
+    try:
+        os.close(os.open(target, os.O_WRONLY | (os.O_CREAT if os.path.isdir(path) else 0)))
+        written.append(path)
+    except OSError:
+        pass
+# What it may do shows that the refusals above are about the mounts, not about the means.
+own = libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0
+print(json.dumps({"read_only": before, "lifted": lifted, "written": written, "own": own}))
+"#;
+
+struct Served {
+    node: Node,
+    pod: Value,
+    pool: Value,
+    address: String,
+    client: Client,
+}
+
+fn serve(namespace: &Namespace, code: &str, fields: &Value) -> Result<Served> {
+    let mut nodes = workers()?.into_iter();
+    let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
+    let requirement = include_str!("../images/requirements-small.txt")
+        .lines()
+        .find(|line| !line.starts_with('#'))
+        .context("a requirement")?;
+    let set = manifest::package_set_of("small", &[requirement], &["idna"]);
+    let function = manifest::with(manifest::function("report", "small", code), fields);
+    namespace.serve("report", &[manifest::only_on(&node.name, set), function])?;
+    let pod = namespace.pod_of("report")?;
+    let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+    let pools = namespace.pods("sock.dev/pool=small")?;
+    Ok(Served {
+        address: address.to_owned(),
+        pod,
+        pool: pools.into_iter().next().context("a pool")?,
+        node,
+        client: Client::on(&other)?,
+    })
+}
+
+#[test]
+fn a_leaf_has_no_capability_and_only_its_pods_files_cgroup_and_processes() {
+    in_namespace("leaf", |namespace| {
+        let fields = json!({"env": [{"name": "OWN", "value": "mine"}]});
+        let mut served = serve(namespace, REPORT, &fields)?;
+        let report = served.client.get(&served.address, 8080, "/")?.json()?;
+        let is = |what: &str, wanted: &str| {
+            let found = &report[what];
+            (found == wanted)
+                .then_some(())
+                .with_context(|| format!("{what}: {found}, not {wanted}"))
+        };
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            ensure!(
+                report["status"][set] == "0000000000000000",
+                "{set}: {}",
+                report["status"]
+            );
+        }
+        ensure!(report["status"]["NoNewPrivs"] == "1" && report["status"]["Seccomp"] == "2");
+
+        // Its own PID namespace: nobody else is in its /proc.
+        ensure!(
+            report["pids"] == json!([report["pid"]]),
+            "{}",
+            report["pids"]
+        );
+
+        let name = served.pod["metadata"]["name"]
+            .as_str()
+            .context("metadata.name")?;
+        is("hostname", name)?;
+        ensure!(
+            report["environment"]["OWN"] == "mine" && report["environment"]["HOSTNAME"] == name
+        );
+        ensure!(report["code"] == json!(["app.py"]), "{}", report["code"]);
+        let hosts = report["hosts"].as_str().context("hosts")?;
+        ensure!(
+            hosts.contains(&served.address) && hosts.contains(name),
+            "{hosts}"
+        );
+        let pool = served.pool["metadata"]["name"]
+            .as_str()
+            .context("metadata.name")?;
+        let seen = report.to_string();
+        ensure!(
+            !seen.contains(pool),
+            "something of the zygote's pod {pool} is seen: {seen}"
+        );
+        let uid = served.pool["metadata"]["uid"]
+            .as_str()
+            .context("metadata.uid")?;
+        ensure!(
+            !seen.contains(uid),
+            "something of the zygote's pod {uid} is seen: {seen}"
+        );
+
+        // By the pod's seccomp profile, or for want of the capability.
+        for what in [
+            "unshare user",
+            "unshare mount",
+            "mount",
+            "chroot",
+            "sethostname",
+            "keyctl",
+            "bpf",
+        ] {
+            is(what, "EPERM")?;
+        }
+        for what in ["write cache", "write sock", "write code"] {
+            is(what, "EROFS")?;
+        }
+        ensure!(
+            report["write proc"] != "allowed",
+            "{}",
+            report["write proc"]
+        );
+        is("write tmp", "allowed")?;
+
+        // The node agrees.
+        let leaves = served.node.interpreters_of(&served.pod)?;
+        let zygote = served.node.zygote_of(&served.pool)?;
+        let [leaf] = &leaves[..] else {
+            bail!("one leaf was expected: {leaves:#?}");
+        };
+        ensure!(leaf.capabilities()? == 0, "{leaf:#?}");
+        ensure!(
+            leaf.pid_namespace != zygote.pid_namespace
+                && leaf.mount_namespace != zygote.mount_namespace
+        );
+        ensure!(leaf.network_namespace != zygote.network_namespace);
+        let filters: u32 = leaf.status("Seccomp_filters")?.parse()?;
+        let below: u32 = zygote.status("Seccomp_filters")?.parse()?;
+        ensure!(
+            filters >= below + 2,
+            "the pod's profile and the socket filter: {filters}, the zygote has {below}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_leaf_reaches_a_service_from_its_pods_address() {
+    in_namespace("outbound", |namespace| {
+        namespace.apply(&manifest::echo("echo"))?;
+        let mut served = serve(namespace, REPORT, &json!({}))?;
+        namespace.wait_for("pod/echo", "Ready", sock_e2e::MINUTE)?;
+        let address = served.address.clone();
+        for host in [
+            "echo".to_owned(),
+            format!("echo.{}.svc.cluster.local", namespace.name),
+        ] {
+            let answer = served
+                .client
+                .get(&address, 8080, &format!("/?url=http://{host}/"))?;
+            ensure!(
+                answer.text()? == address,
+                "{host} sees {answer:?}, not {address}"
+            );
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_zygote_has_no_capability_on_the_host() {
+    in_namespace("zygote", |namespace| {
+        let served = serve(namespace, REPORT, &json!({}))?;
+        let zygote = served.node.zygote_of(&served.pool)?;
+        let init = served.node.processes(&[1])?;
+        let init = init.first().context("process 1 of the node")?;
+        ensure!(zygote.user_namespace != init.user_namespace, "{zygote:#?}");
+        for user in zygote.status("Uid")?.split_whitespace() {
+            let user: u32 = user.parse()?;
+            ensure!(user >= 1_000_000_000, "the zygote runs as user {user}");
+        }
+        let pid = zygote.pid.to_string();
+        for map in ["uid_map", "gid_map"] {
+            let map = served.node.shell(r#"cat "/proc/$1/$2""#, &[&pid, map])?;
+            let fields: Vec<&str> = map.split_whitespace().collect();
+            ensure!(
+                fields.len() == 3 && fields[2] == "1" && fields[1] != "0",
+                "one user is mapped, and not root: {map}"
+            );
+        }
+        ensure!(
+            zygote.status("NoNewPrivs")? == "1" && zygote.status("Seccomp")? == "2",
+            "{zygote:#?}"
+        );
+        // CAP_SETPCAP, CAP_SYS_CHROOT, CAP_SYS_ADMIN: valid in its own user namespace alone.
+        let allowed = (1 << 8) | (1 << 18) | (1 << 21);
+        ensure!(zygote.capabilities()? & !allowed == 0, "{zygote:#?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn no_read_only_mount_is_lifted_from_inside_the_namespaces_of_zygote_and_leaf() {
+    in_namespace("mounts", |namespace| {
+        let mut served = serve(namespace, REPORT, &json!({}))?;
+        served.client.get(&served.address, 8080, "/")?.text()?;
+        let zygote = served.node.zygote_of(&served.pool)?;
+        let leaves = served.node.interpreters_of(&served.pod)?;
+        let leaf = leaves.first().context("a leaf")?;
+        for (who, process) in [("zygote", &zygote), ("leaf", leaf)] {
+            let user = process
+                .status("Uid")?
+                .split_whitespace()
+                .next()
+                .context("a user")?
+                .to_owned();
+            let pid = process.pid.to_string();
+            // Whoever enters a user namespace from above has all capabilities over it: more than the zygote itself.
+            let said = served.node.shell(
+                r#"exec nsenter --target "$1" --user --mount --root --setuid "$2" --setgid "$2" python3 -I -c "$3""#,
+                &[&pid, &user, ATTACK],
+            )?;
+            let found: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+            ensure!(
+                found["own"] == true,
+                "{who}: the attack could not even mount a tmpfs: {found}"
+            );
+            let mounts = found["read_only"].as_array().context("mounts")?;
+            ensure!(
+                mounts.iter().any(|path| path == "/opt/sock/site-packages"),
+                "{who}: the node cache is among the read-only mounts: {found}"
+            );
+            ensure!(
+                found["lifted"] == json!([]) && found["written"] == json!([]),
+                "{who}: {found}"
+            );
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_secret_of_a_function_is_nowhere_in_the_zygotes_memory() {
+    in_namespace("secret", |namespace| {
+        // A text that only the API server and the leaf know; the scanner reads it from its standard input.
+        let secret = format!("{}-confidential", namespace.name.repeat(2));
+        namespace.apply(&[json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "secret"},
+            "stringData": {"TOKEN": secret},
+        })])?;
+        let code = "
+import os
+
+TOKEN = os.environ['TOKEN']
+
+def handler(event, context):
+    return str(len(TOKEN))
+";
+        let mut served = serve(
+            namespace,
+            code,
+            &json!({"envFrom": [{"secretRef": {"name": "secret"}}]}),
+        )?;
+        let answer = served.client.get(&served.address, 8080, "/")?;
+        ensure!(answer.text()? == secret.len().to_string(), "{answer:?}");
+
+        let scanner = served
+            .node
+            .install(env!("CARGO_BIN_EXE_sock-e2e-memory").as_ref())?;
+        let scan = |pid: u32| -> Result<(u64, u64)> {
+            let pid = pid.to_string();
+            let said =
+                served
+                    .node
+                    .shell_with(r#"exec "$1" "$2""#, &[&scanner, &pid], Some(&secret))?;
+            let (found, read) = said.trim().split_once(' ').context("two numbers")?;
+            Ok((found.parse()?, read.parse()?))
+        };
+        let leaves = served.node.interpreters_of(&served.pod)?;
+        let leaf = leaves.first().context("a leaf")?;
+        let (found, _) = scan(leaf.pid)?;
+        ensure!(found > 0, "the scanner finds the secret where it is");
+        // The zygote, and the spares that were forked from it.
+        for process in served.node.interpreters_of(&served.pool)? {
+            let (found, read) = scan(process.pid)?;
+            ensure!(
+                read > 1 << 20,
+                "only {read} bytes of {process:#?} were read"
+            );
+            ensure!(found == 0, "{found} times in {process:#?}");
+        }
+        Ok(())
+    });
+}
