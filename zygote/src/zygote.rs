@@ -127,6 +127,16 @@ impl ZygoteChannel {
     /// # Errors
     /// [`Error::ForkFailed`]; [`Error::Wire`] when the zygote is gone ([`Error::is_closed`]).
     pub async fn fork(&self, fresh: bool) -> Result<(Arrived, Option<ForkOrigin>)> {
+        match self.fork_once(fresh).await? {
+            Some(leaf) => Ok(leaf),
+            // A spare can be killed (for want of memory, say) while it is handed out.
+            None if !fresh => self.fork_once(true).await?.ok_or_else(ended_at_once),
+            None => Err(ended_at_once()),
+        }
+    }
+
+    /// `None` if there was a leaf and it ended before it said a word.
+    async fn fork_once(&self, fresh: bool) -> Result<Option<(Arrived, Option<ForkOrigin>)>> {
         let (ours, theirs) = protocol::pair().map_err(|source| Error::Wire {
             peer: "zygote",
             source,
@@ -147,7 +157,7 @@ impl ZygoteChannel {
         let hello = tokio::select! {
             biased;
             hello = control.receive::<FromLeaf>() => hello,
-            error = self.listen(ticket.number) => return Err(error),
+            error = self.failure(ticket.number) => return Err(error),
         };
         match hello {
             Ok(hello) => {
@@ -157,10 +167,10 @@ impl ZygoteChannel {
                     .get(&ticket.number)
                     .and_then(|a| a.clone())
                     .and_then(Result::ok);
-                Ok((Arrived::new(control, hello).await?, origin))
+                Ok(Some((Arrived::new(control, hello).await?, origin)))
             }
-            // The zygote dropped the leaf's end: its answer says why.
-            Err(error) if error.is_closed() => Err(self.listen(ticket.number).await),
+            // Either the zygote dropped the leaf's end and says why, or there is a leaf no more.
+            Err(error) if error.is_closed() => self.answer(ticket.number).await.map(|_| None),
             Err(error) => Err(error),
         }
     }
@@ -174,17 +184,25 @@ impl ZygoteChannel {
         }
     }
 
-    /// Reads answers until that for `ticket` is a failure, or the zygote is gone.
-    async fn listen(&self, ticket: u64) -> Error {
+    /// Reads answers until that for `ticket` is there, or the zygote is gone.
+    async fn answer(&self, ticket: u64) -> Result<ForkOrigin> {
         loop {
             let heard = self.heard.notified();
-            if let Some(Some(Err(message))) = self.answers().open.get(&ticket) {
-                return Error::ForkFailed(message.clone());
+            if let Some(Some(answer)) = self.answers().open.get(&ticket) {
+                return answer.clone().map_err(Error::ForkFailed);
             }
             tokio::select! {
                 () = heard => {}
-                result = self.hear() => if let Err(error) = result { return error },
+                result = self.hear() => result?,
             }
+        }
+    }
+
+    /// Never ends if the zygote has forked: the leaf speaks then.
+    async fn failure(&self, ticket: u64) -> Error {
+        match self.answer(ticket).await {
+            Ok(_) => std::future::pending().await,
+            Err(error) => error,
         }
     }
 
@@ -215,6 +233,10 @@ impl ZygoteChannel {
     fn answers(&self) -> MutexGuard<'_, Answers> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn ended_at_once() -> Error {
+    Error::ForkFailed("the leaf ended before it said a word".into())
 }
 
 /// An entry of the table of answers, removed when the asker no longer cares.
