@@ -5,18 +5,45 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=holder/holder.rs");
-    let env = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("cargo sets {name} for build scripts"));
+    let env = |name: &str| {
+        std::env::var(name).unwrap_or_else(|_| panic!("cargo sets {name} for build scripts"))
+    };
     let out = Path::new(&env("OUT_DIR")).join("holder");
     let status = Command::new(env("RUSTC"))
-        .args(["--edition=2024", "--crate-name=holder", "--crate-type=bin", "holder/holder.rs"])
+        .args([
+            "--edition=2024",
+            "--crate-name=holder",
+            "--crate-type=bin",
+            "holder/holder.rs",
+        ])
         .args(["--target", &env("TARGET")])
-        .args(["-Copt-level=s", "-Cpanic=abort", "-Cstrip=symbols", "-Crelocation-model=static"])
-        .args(["-Clink-self-contained=no", "-Clinker=cc", "-Ctarget-feature=+crt-static"])
-        .args(["-Clink-arg=-nostartfiles", "-Clink-arg=-nostdlib", "-Clink-arg=-static", "-Clink-arg=-no-pie"])
-        .args(["-Clink-arg=-Wl,--build-id=none", "-Clink-arg=-Wl,-z,noseparate-code"])
+        .args([
+            "-Copt-level=s",
+            "-Cpanic=abort",
+            "-Cstrip=symbols",
+            "-Crelocation-model=static",
+        ])
+        .args([
+            "-Clink-self-contained=no",
+            "-Clinker=cc",
+            "-Ctarget-feature=+crt-static",
+        ])
+        .args([
+            "-Clink-arg=-nostartfiles",
+            "-Clink-arg=-nostdlib",
+            "-Clink-arg=-static",
+            "-Clink-arg=-no-pie",
+        ])
+        .args([
+            "-Clink-arg=-Wl,--build-id=none",
+            "-Clink-arg=-Wl,-z,noseparate-code",
+        ])
         .arg("-o")
         .arg(&out)
         .status()
         .expect("run rustc for the holder");
-    assert!(status.success(), "rustc could not build holder/holder.rs: {status}");
+    assert!(
+        status.success(),
+        "rustc could not build holder/holder.rs: {status}"
+    );
 }

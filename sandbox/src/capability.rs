@@ -12,15 +12,23 @@ fn parse(set: Option<&Capabilities>) -> Result<CapsHashSet> {
         .flatten()
         .map(|c| {
             let name = format!("CAP_{}", c.to_string().trim_start_matches("CAP_"));
-            Cap::from_str(&name)
-                .map_err(|_| Error::spec("process.capabilities", format!("{name} is not a capability this build knows")))
+            Cap::from_str(&name).map_err(|_| {
+                Error::spec(
+                    "process.capabilities",
+                    format!("{name} is not a capability this build knows"),
+                )
+            })
         })
         .collect()
 }
 
 fn apply(set: CapSet, wanted: &CapsHashSet) -> Result<()> {
-    caps::set(None, set, wanted)
-        .map_err(|e| Error::spec("process.capabilities", format!("{set:?} cannot be set to {wanted:?}: {e}")))
+    caps::set(None, set, wanted).map_err(|e| {
+        Error::spec(
+            "process.capabilities",
+            format!("{set:?} cannot be set to {wanted:?}: {e}"),
+        )
+    })
 }
 
 /// Drops the bounding set to what the specification names. Needs `CAP_SETPCAP`, so it goes first.
@@ -29,8 +37,12 @@ pub(crate) fn bound(spec: Option<&LinuxCapabilities>) -> Result<()> {
     let wanted = parse(spec.and_then(|s| s.bounding().as_ref()))?;
     let have = caps::read(None, CapSet::Bounding).unwrap_or_default();
     for extra in have.difference(&wanted) {
-        caps::drop(None, CapSet::Bounding, *extra)
-            .map_err(|e| Error::spec("process.capabilities", format!("bounding set keeps {extra}: {e}")))?;
+        caps::drop(None, CapSet::Bounding, *extra).map_err(|e| {
+            Error::spec(
+                "process.capabilities",
+                format!("bounding set keeps {extra}: {e}"),
+            )
+        })?;
     }
     Ok(())
 }
@@ -38,7 +50,8 @@ pub(crate) fn bound(spec: Option<&LinuxCapabilities>) -> Result<()> {
 /// Sets the other four sets: after the user was changed, with the permitted set kept until now.
 pub(crate) fn settle(spec: Option<&LinuxCapabilities>) -> Result<()> {
     let have = caps::read(None, CapSet::Permitted).unwrap_or_default();
-    let wanted = |set| -> Result<CapsHashSet> { Ok(parse(set)?.intersection(&have).copied().collect()) };
+    let wanted =
+        |set| -> Result<CapsHashSet> { Ok(parse(set)?.intersection(&have).copied().collect()) };
     let permitted = wanted(spec.and_then(|s| s.permitted().as_ref()))?;
     let effective = wanted(spec.and_then(|s| s.effective().as_ref()))?;
     let inheritable = wanted(spec.and_then(|s| s.inheritable().as_ref()))?;
@@ -46,12 +59,23 @@ pub(crate) fn settle(spec: Option<&LinuxCapabilities>) -> Result<()> {
     apply(CapSet::Effective, &CapsHashSet::new())?;
     apply(CapSet::Permitted, &permitted)?;
     apply(CapSet::Inheritable, &inheritable)?;
-    apply(CapSet::Effective, &effective.intersection(&permitted).copied().collect())?;
-    caps::clear(None, CapSet::Ambient)
-        .map_err(|e| Error::spec("process.capabilities", format!("ambient set cannot be cleared: {e}")))?;
+    apply(
+        CapSet::Effective,
+        &effective.intersection(&permitted).copied().collect(),
+    )?;
+    caps::clear(None, CapSet::Ambient).map_err(|e| {
+        Error::spec(
+            "process.capabilities",
+            format!("ambient set cannot be cleared: {e}"),
+        )
+    })?;
     for cap in ambient {
-        caps::raise(None, CapSet::Ambient, cap)
-            .map_err(|e| Error::spec("process.capabilities.ambient", format!("{cap} cannot be raised: {e}")))?;
+        caps::raise(None, CapSet::Ambient, cap).map_err(|e| {
+            Error::spec(
+                "process.capabilities.ambient",
+                format!("{cap} cannot be raised: {e}"),
+            )
+        })?;
     }
     Ok(())
 }

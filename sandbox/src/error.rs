@@ -43,7 +43,10 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn spec(field: &'static str, reason: impl Into<String>) -> Self {
-        Self::Spec { field, reason: reason.into() }
+        Self::Spec {
+            field,
+            reason: reason.into(),
+        }
     }
     /// The kernel's error number, if this came from a system call.
     #[must_use]
@@ -68,6 +71,10 @@ pub(crate) trait Step<T> {
 
 impl<T, E: Into<std::io::Error>> Step<T> for std::result::Result<T, E> {
     fn step(self, step: &'static str, subject: impl std::fmt::Display) -> Result<T> {
-        self.map_err(|e| Error::System { step, subject: subject.to_string(), source: e.into() })
+        self.map_err(|e| Error::System {
+            step,
+            subject: subject.to_string(),
+            source: e.into(),
+        })
     }
 }

@@ -29,13 +29,23 @@ pub enum HolderKind {
 pub fn holder_program() -> Result<OwnedFd> {
     static FILE: OnceLock<OwnedFd> = OnceLock::new();
     if FILE.get().is_none() {
-        let fd = memfd_create("sock-holder", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).step("make", "holder program")?;
+        let fd = memfd_create(
+            "sock-holder",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )
+        .step("make", "holder program")?;
         let mut file = std::fs::File::from(fd);
         file.write_all(PROGRAM).step("write", "holder program")?;
         let fd = OwnedFd::from(file);
-        fcntl_add_seals(&fd, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE).step("seal", "holder program")?;
+        fcntl_add_seals(
+            &fd,
+            SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
+        )
+        .step("seal", "holder program")?;
         let _ = FILE.set(fd);
     }
-    let fd = FILE.get().ok_or_else(|| crate::Error::spec("holder", "no program"))?;
+    let fd = FILE
+        .get()
+        .ok_or_else(|| crate::Error::spec("holder", "no program"))?;
     fd.try_clone().step("duplicate", "holder program")
 }

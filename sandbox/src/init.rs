@@ -30,23 +30,50 @@ impl Prepared {
     pub(crate) fn new(spec: &Spec, program: &Program) -> Result<Self> {
         let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
         let process = spec.process().as_ref();
-        if matches!(program, Program::Specified) && process.is_none_or(|p| p.args().as_ref().is_none_or(Vec::is_empty)) {
-            return Err(Error::spec("process.args", "no program is given: set the container's command"));
+        if matches!(program, Program::Specified)
+            && process.is_none_or(|p| p.args().as_ref().is_none_or(Vec::is_empty))
+        {
+            return Err(Error::spec(
+                "process.args",
+                "no program is given: set the container's command",
+            ));
         }
         Ok(Self {
             // A holder makes six system calls; the profile of a tenant might not allow them.
-            seccomp: if *program == Program::Specified { profile.map(seccomp::Program::compile).transpose()? } else { None },
-            holder: if matches!(program, Program::Holder(_)) { Some(holder_program()?) } else { None },
+            seccomp: if *program == Program::Specified {
+                profile.map(seccomp::Program::compile).transpose()?
+            } else {
+                None
+            },
+            holder: if matches!(program, Program::Holder(_)) {
+                Some(holder_program()?)
+            } else {
+                None
+            },
         })
     }
     pub(crate) fn for_process(_process: &Process, profile: Option<&LinuxSeccomp>) -> Result<Self> {
-        Ok(Self { seccomp: profile.map(seccomp::Program::compile).transpose()?, holder: None })
+        Ok(Self {
+            seccomp: profile.map(seccomp::Program::compile).transpose()?,
+            holder: None,
+        })
     }
 }
 
 /// The first process of a container.
-pub(crate) fn first(plan: Plan<'_>, wanted: Wanted, prepared: Prepared, caller: &Caller) -> Result<Infallible> {
-    isolate(&mut [], caller, &plan.stdio, plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()), prepared.holder.as_ref())?;
+pub(crate) fn first(
+    plan: Plan<'_>,
+    wanted: Wanted,
+    prepared: Prepared,
+    caller: &Caller,
+) -> Result<Infallible> {
+    isolate(
+        &mut [],
+        caller,
+        &plan.stdio,
+        plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()),
+        prepared.holder.as_ref(),
+    )?;
     caller.hear();
     let spec = plan.spec;
     // The user namespace is joined last: from inside it the others could not be.
@@ -66,10 +93,19 @@ pub(crate) fn first(plan: Plan<'_>, wanted: Wanted, prepared: Prepared, caller: 
         // A new network namespace has a loopback device that is down.
         loopback_up()?;
     }
-    for (key, value) in spec.linux().as_ref().and_then(|l| l.sysctl().as_ref()).into_iter().flatten() {
+    for (key, value) in spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.sysctl().as_ref())
+        .into_iter()
+        .flatten()
+    {
         let path = Path::new("/proc/sys").join(key.replace('.', "/"));
         if key.contains("..") || key.starts_with('/') {
-            return Err(Error::spec("linux.sysctl", format!("{key:?} is not the name of a sysctl")));
+            return Err(Error::spec(
+                "linux.sysctl",
+                format!("{key:?} is not the name of a sysctl"),
+            ));
         }
         std::fs::write(&path, value).at("set sysctl", path)?;
     }
@@ -82,7 +118,11 @@ pub(crate) fn first(plan: Plan<'_>, wanted: Wanted, prepared: Prepared, caller: 
         unshare(libc::CLONE_NEWNS, "mount namespace")?;
     }
     let process = spec.process().as_ref();
-    let terminal = if plan.program == Program::Specified { terminal(process)? } else { None };
+    let terminal = if plan.program == Program::Specified {
+        terminal(process)?
+    } else {
+        None
+    };
     caller.created(terminal.as_ref().map(|t| t.master.as_fd()))?;
     caller.hear();
     stdio(plan.stdio, terminal, plan.extra)?;
@@ -102,9 +142,19 @@ pub(crate) fn first(plan: Plan<'_>, wanted: Wanted, prepared: Prepared, caller: 
 }
 
 /// A further process.
-pub(crate) fn further(plan: ExecPlan<'_>, prepared: Prepared, caller: &Caller) -> Result<Infallible> {
+pub(crate) fn further(
+    plan: ExecPlan<'_>,
+    prepared: Prepared,
+    caller: &Caller,
+) -> Result<Infallible> {
     let mut entrances = plan.entrances;
-    isolate(&mut entrances, caller, &plan.stdio, plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()), None)?;
+    isolate(
+        &mut entrances,
+        caller,
+        &plan.stdio,
+        plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()),
+        None,
+    )?;
     caller.hear();
     for entrance in &entrances {
         rustix::io::write(entrance, b"0").step("enter", "cgroup")?;
@@ -113,9 +163,20 @@ pub(crate) fn further(plan: ExecPlan<'_>, prepared: Prepared, caller: &Caller) -
     let own_user = std::fs::read_link("/proc/self/ns/user").at("read", "/proc/self/ns/user")?;
     let target = PathBuf::from(format!("/proc/{}/ns", plan.target));
     let open = |name: &str| namespace::open(&target.join(name));
-    let different_user = std::fs::read_link(target.join("user")).at("read", target.join("user"))? != own_user;
-    let user = if different_user { Some(open("user")?) } else { None };
-    let joined = [(Type::Ipc, open("ipc")?), (Type::Uts, open("uts")?), (Type::Network, open("net")?), (Type::Cgroup, open("cgroup")?), (Type::Mount, open("mnt")?)];
+    let different_user =
+        std::fs::read_link(target.join("user")).at("read", target.join("user"))? != own_user;
+    let user = if different_user {
+        Some(open("user")?)
+    } else {
+        None
+    };
+    let joined = [
+        (Type::Ipc, open("ipc")?),
+        (Type::Uts, open("uts")?),
+        (Type::Network, open("net")?),
+        (Type::Cgroup, open("cgroup")?),
+        (Type::Mount, open("mnt")?),
+    ];
     for (kind, fd) in joined {
         namespace::join(fd, kind)?;
     }
@@ -131,13 +192,24 @@ pub(crate) fn further(plan: ExecPlan<'_>, prepared: Prepared, caller: &Caller) -
 }
 
 /// Cuts the child off from what it copied of its parent: descriptors, signal handling, its readability through `/proc`.
-fn isolate(entrances: &mut [OwnedFd], caller: &Caller, stdio: &Stdio, extra: impl Iterator<Item = RawFd>, holder: Option<&OwnedFd>) -> Result<()> {
+fn isolate(
+    entrances: &mut [OwnedFd],
+    caller: &Caller,
+    stdio: &Stdio,
+    extra: impl Iterator<Item = RawFd>,
+    holder: Option<&OwnedFd>,
+) -> Result<()> {
     // Until execve, /proc/PID/exe of this process is the host's binary: nobody inside may follow it.
     // SAFETY: plain numbers.
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     let mut keep: Vec<RawFd> = extra.collect();
     keep.push(caller.fd());
-    keep.extend([&stdio.stdin, &stdio.stdout, &stdio.stderr].into_iter().flatten().map(AsRawFd::as_raw_fd));
+    keep.extend(
+        [&stdio.stdin, &stdio.stdout, &stdio.stderr]
+            .into_iter()
+            .flatten()
+            .map(AsRawFd::as_raw_fd),
+    );
     keep.extend(entrances.iter().map(AsRawFd::as_raw_fd));
     keep.extend(holder.map(AsRawFd::as_raw_fd));
     keep.sort_unstable();
@@ -172,7 +244,11 @@ fn close_range(first: RawFd, last: RawFd) {
 
 fn unshare(flags: libc::c_int, what: &'static str) -> Result<()> {
     // SAFETY: plain number; the process has one thread.
-    if unsafe { libc::unshare(flags) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).step("make", what) }
+    if unsafe { libc::unshare(flags) } == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).step("make", what)
+    }
 }
 
 fn set_names(spec: &Spec) -> Result<()> {
@@ -189,13 +265,22 @@ fn loopback_up() -> Result<()> {
     /// `SIOCSIFFLAGS` (netdevice(7)), in the type of this C library's ioctl.
     const SET_FLAGS: libc::Ioctl = 0x8914;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).step("make", "socket")?;
+    let socket = socket_with(
+        AddressFamily::INET,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .step("make", "socket")?;
     // SAFETY: an ifreq is plain data; all zeros is one without a name.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = from.cast_signed();
     }
-    #[allow(clippy::cast_possible_truncation, reason = "IFF_UP and IFF_RUNNING fit 16 bits")]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "IFF_UP and IFF_RUNNING fit 16 bits"
+    )]
     {
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     }
@@ -214,8 +299,20 @@ struct Terminal {
 }
 
 fn terminal(process: Option<&Process>) -> Result<Option<Terminal>> {
-    let Some(process) = process.filter(|p| p.terminal().unwrap_or(false)) else { return Ok(None) };
-    let master = std::fs::OpenOptions::new().read(true).write(true).open("/dev/pts/ptmx").or_else(|_| std::fs::OpenOptions::new().read(true).write(true).open("/dev/ptmx")).at("open", "/dev/ptmx")?;
+    let Some(process) = process.filter(|p| p.terminal().unwrap_or(false)) else {
+        return Ok(None);
+    };
+    let master = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/pts/ptmx")
+        .or_else(|_| {
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/ptmx")
+        })
+        .at("open", "/dev/ptmx")?;
     let master = OwnedFd::from(master);
     let unlock: libc::c_int = 0;
     // SAFETY: TIOCSPTLCK takes a pointer to an int (ioctl_tty(2)).
@@ -223,7 +320,13 @@ fn terminal(process: Option<&Process>) -> Result<Option<Terminal>> {
         return Err(std::io::Error::last_os_error()).step("unlock", "terminal");
     }
     // SAFETY: TIOCGPTPEER takes open flags and returns a new descriptor.
-    let fd = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER as _, libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
+    let fd = unsafe {
+        libc::ioctl(
+            master.as_raw_fd(),
+            libc::TIOCGPTPEER as _,
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        )
+    };
     if fd < 0 {
         return Err(std::io::Error::last_os_error()).step("open", "terminal");
     }
@@ -232,7 +335,12 @@ fn terminal(process: Option<&Process>) -> Result<Option<Terminal>> {
     if let Some(size) = process.console_size().as_ref() {
         let rows = u16::try_from(size.height()).unwrap_or(0);
         let columns = u16::try_from(size.width()).unwrap_or(0);
-        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         // SAFETY: a whole winsize.
         unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ as _, &raw const size) };
     }
@@ -245,9 +353,17 @@ fn terminal(process: Option<&Process>) -> Result<Option<Terminal>> {
 fn dup_to(fd: RawFd, number: RawFd) -> Result<()> {
     // SAFETY: plain numbers. dup2 clears close-on-exec, except onto itself.
     let result = unsafe {
-        if fd == number { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, number) }
+        if fd == number {
+            libc::fcntl(fd, libc::F_SETFD, 0)
+        } else {
+            libc::dup2(fd, number)
+        }
     };
-    if result >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).step("duplicate descriptor to", number) }
+    if result >= 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).step("duplicate descriptor to", number)
+    }
 }
 
 fn stdio(stdio: Stdio, terminal: Option<Terminal>, extra: Vec<(RawFd, OwnedFd)>) -> Result<()> {
@@ -260,7 +376,12 @@ fn stdio(stdio: Stdio, terminal: Option<Terminal>, extra: Vec<(RawFd, OwnedFd)>)
         }
     } else {
         let null = || -> Result<OwnedFd> {
-            rustix::fs::open("/dev/null", rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty()).at("open", "/dev/null")
+            rustix::fs::open(
+                "/dev/null",
+                rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            )
+            .at("open", "/dev/null")
         };
         for (number, fd) in [(0, stdio.stdin), (1, stdio.stdout), (2, stdio.stderr)] {
             match fd {
@@ -296,7 +417,11 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
     if let Some(limits) = process.rlimits() {
         rlimit::apply(limits)?;
     }
-    if let Some(label) = process.apparmor_profile().as_ref().filter(|l| !l.is_empty()) {
+    if let Some(label) = process
+        .apparmor_profile()
+        .as_ref()
+        .filter(|l| !l.is_empty())
+    {
         apply_label("/proc/self/attr/apparmor/exec", &format!("exec {label}"))?;
     }
     if let Some(label) = process.selinux_label().as_ref().filter(|l| !l.is_empty()) {
@@ -304,9 +429,17 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
     }
     // A keyring of its own: keys are not namespaced (keyrings(7)). Where seccomp forbids keyctl, so it does inside.
     // SAFETY: joins an anonymous session keyring.
-    unsafe { libc::syscall(libc::SYS_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, std::ptr::null::<libc::c_char>()) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            1, /* KEYCTL_JOIN_SESSION_KEYRING */
+            std::ptr::null::<libc::c_char>(),
+        )
+    };
     let user = process.user();
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(user.umask().unwrap_or(0o022)));
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(
+        user.umask().unwrap_or(0o022),
+    ));
     let privileges_can_grow = !process.no_new_privileges().unwrap_or(false);
     // Without no_new_privs only a capable process may load a filter, and must do so while it is one.
     if privileges_can_grow && let Some(filter) = filter {
@@ -321,7 +454,10 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
     if unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) } != 0 {
         let error = std::io::Error::last_os_error();
         // SAFETY: as above; empty.
-        if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) || unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) } != 0 {
+        if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM))
+            || unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) }
+                != 0
+        {
             return Err(error).step("set groups", format!("{groups:?}"));
         }
     }
@@ -362,41 +498,71 @@ fn apply_label(path: &str, label: &str) -> Result<()> {
 }
 
 fn c(text: &OsStr) -> Result<CString> {
-    CString::new(text.as_bytes()).map_err(|_| Error::spec("process", format!("{} has a zero byte", text.display())))
+    CString::new(text.as_bytes())
+        .map_err(|_| Error::spec("process", format!("{} has a zero byte", text.display())))
 }
 
 fn execute(process: &Process) -> Result<Infallible> {
     let args = process.args().clone().unwrap_or_default();
-    let program = args.first().ok_or_else(|| Error::spec("process.args", "no program is given: set the container's command"))?;
+    let program = args.first().ok_or_else(|| {
+        Error::spec(
+            "process.args",
+            "no program is given: set the container's command",
+        )
+    })?;
     let env = process.env().clone().unwrap_or_default();
-    let argv = args.iter().map(|a| c(OsStr::new(a))).collect::<Result<Vec<_>>>()?;
-    let mut envp = env.iter().map(|e| c(OsStr::new(e))).collect::<Result<Vec<_>>>()?;
+    let argv = args
+        .iter()
+        .map(|a| c(OsStr::new(a)))
+        .collect::<Result<Vec<_>>>()?;
+    let mut envp = env
+        .iter()
+        .map(|e| c(OsStr::new(e)))
+        .collect::<Result<Vec<_>>>()?;
     if !env.iter().any(|e| e.starts_with("HOME=")) {
-        envp.push(c(OsStr::new(&format!("HOME={}", home(process.user().uid()))))?);
+        envp.push(c(OsStr::new(&format!(
+            "HOME={}",
+            home(process.user().uid())
+        )))?);
     }
     let path = find(program, &env)?;
     let path_c = c(path.as_os_str())?;
-    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> { list.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect() };
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
     let (argv, envp) = (pointers(&argv), pointers(&envp));
     // SAFETY: null-terminated lists of C strings that outlive the call.
     unsafe { libc::execve(path_c.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     let error = std::io::Error::last_os_error();
-    Err(Error::Child(format!("exec: {program:?}: {}: {error}", path.display())))
+    Err(Error::Child(format!(
+        "exec: {program:?}: {}: {error}",
+        path.display()
+    )))
 }
 
 /// Looks a program up as execvp(3) would, and says what is wrong in the words people search for.
 fn find(program: &str, env: &[String]) -> Result<PathBuf> {
     if program.contains('/') {
         if !Path::new(program).exists() {
-            return Err(Error::Child(format!("exec: {program:?}: stat {program}: no such file or directory")));
+            return Err(Error::Child(format!(
+                "exec: {program:?}: stat {program}: no such file or directory"
+            )));
         }
         return Ok(program.into());
     }
-    let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    let path = env
+        .iter()
+        .find_map(|e| e.strip_prefix("PATH="))
+        .unwrap_or("/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     let mut forbidden = None;
     for directory in path.split(':') {
         let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(program);
-        let Ok(text) = c(candidate.as_os_str()) else { continue };
+        let Ok(text) = c(candidate.as_os_str()) else {
+            continue;
+        };
         // SAFETY: a C string.
         if candidate.is_file() {
             // SAFETY: a C string that outlives the call.
@@ -418,7 +584,8 @@ fn home(uid: u32) -> String {
         .and_then(|text| {
             text.lines().find_map(|line| {
                 let parts: Vec<&str> = line.split(':').collect();
-                (parts.get(2)?.parse() == Ok(uid)).then(|| parts.get(5).map(|h| (*h).to_string()))?
+                (parts.get(2)?.parse() == Ok(uid))
+                    .then(|| parts.get(5).map(|h| (*h).to_string()))?
             })
         })
         .filter(|h| !h.is_empty())
@@ -434,6 +601,15 @@ fn execute_holder(program: Option<&OwnedFd>, kind: HolderKind) -> Result<Infalli
     };
     let envp = [std::ptr::null::<libc::c_char>()];
     // SAFETY: null-terminated lists; an empty path names the descriptor itself.
-    unsafe { libc::syscall(libc::SYS_execveat, program.as_raw_fd(), c"".as_ptr(), argv.as_ptr(), envp.as_ptr(), libc::AT_EMPTY_PATH) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            program.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
     Err(std::io::Error::last_os_error()).step("run", "holder")
 }

@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
 use crate::error::Step;
@@ -133,7 +133,9 @@ impl Launched {
     }
 
     fn tell(&self, word: &[u8]) -> Result<()> {
-        rustix::net::send(&self.channel, word, SendFlags::NOSIGNAL).step("tell child", self.pid).map(drop)
+        rustix::net::send(&self.channel, word, SendFlags::NOSIGNAL)
+            .step("tell child", self.pid)
+            .map(drop)
     }
 
     /// Becomes readable when [`Launched::progress`] has news.
@@ -150,7 +152,13 @@ impl Launched {
         let mut bytes = [0u8; 8192];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let got = recvmsg(&self.channel, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT).step("hear child", self.pid)?;
+        let got = recvmsg(
+            &self.channel,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
+        )
+        .step("hear child", self.pid)?;
         let fd = control.drain().find_map(|m| match m {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
             _ => None,
@@ -169,7 +177,10 @@ impl Launched {
     /// The channel broke.
     pub fn wait_progress(&self) -> Result<Progress> {
         loop {
-            let mut fds = [rustix::event::PollFd::new(&self.channel, rustix::event::PollFlags::IN)];
+            let mut fds = [rustix::event::PollFd::new(
+                &self.channel,
+                rustix::event::PollFlags::IN,
+            )];
             match rustix::event::poll(&mut fds, None) {
                 Ok(_) => return self.progress(),
                 Err(Errno::INTR) => {}
@@ -193,7 +204,14 @@ impl Caller {
         if !fds.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(&fds));
         }
-        sendmsg(&self.0, &[IoSlice::new(b"created")], &mut control, SendFlags::NOSIGNAL).step("tell", "caller").map(drop)
+        sendmsg(
+            &self.0,
+            &[IoSlice::new(b"created")],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .step("tell", "caller")
+        .map(drop)
     }
     pub(crate) fn failed(&self, error: &Error) {
         let mut text = error.to_string();
@@ -237,7 +255,10 @@ enum Side {
 
 /// fork(2) with namespaces.
 fn clone(namespaces: libc::c_int, sibling: bool) -> Result<Side> {
-    let mut args = CloneArgs { flags: u64::from(namespaces.unsigned_abs()), ..CloneArgs::default() };
+    let mut args = CloneArgs {
+        flags: u64::from(namespaces.unsigned_abs()),
+        ..CloneArgs::default()
+    };
     if sibling {
         args.flags |= u64::from(libc::CLONE_PARENT.unsigned_abs());
     } else {
@@ -264,8 +285,18 @@ fn pidfd(pid: i32) -> Result<OwnedFd> {
 
 /// Forks a child that runs `work` and never returns. With `pid_namespace` it is put into that one, by way of a
 /// middle process: joining affects only children (pid_namespaces(7)).
-fn fork_child(namespaces: libc::c_int, pid_namespace: Option<OwnedFd>, work: impl FnOnce(&Caller) -> Result<std::convert::Infallible>) -> Result<Launched> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).step("make", "channel")?;
+fn fork_child(
+    namespaces: libc::c_int,
+    pid_namespace: Option<OwnedFd>,
+    work: impl FnOnce(&Caller) -> Result<std::convert::Infallible>,
+) -> Result<Launched> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .step("make", "channel")?;
     let caller = Caller(theirs);
     let run = |caller: Caller| -> ! {
         match work(&caller) {
@@ -277,10 +308,15 @@ fn fork_child(namespaces: libc::c_int, pid_namespace: Option<OwnedFd>, work: imp
     let Some(pid_namespace) = pid_namespace else {
         return match clone(namespaces, false)? {
             Side::Child => run(caller),
-            Side::Parent(pid) => Ok(Launched { pid, pidfd: pidfd(pid)?, channel: ours }),
+            Side::Parent(pid) => Ok(Launched {
+                pid,
+                pidfd: pidfd(pid)?,
+                channel: ours,
+            }),
         };
     };
-    let (pid_reader, pid_writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("make", "pipe")?;
+    let (pid_reader, pid_writer) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("make", "pipe")?;
     match clone(0, false)? {
         Side::Child => {
             let middle = || -> Result<i32> {
@@ -306,18 +342,27 @@ fn fork_child(namespaces: libc::c_int, pid_namespace: Option<OwnedFd>, work: imp
             drop(pid_writer);
             drop(caller);
             let mut bytes = [0u8; 4];
-            let got = rustix::io::retry_on_intr(|| rustix::io::read(&pid_reader, &mut bytes)).step("hear", "middle process");
+            let got = rustix::io::retry_on_intr(|| rustix::io::read(&pid_reader, &mut bytes))
+                .step("hear", "middle process");
             // SAFETY: reaps the middle process, which ends at once.
             unsafe { libc::waitpid(middle, std::ptr::null_mut(), 0) };
             if got? != 4 {
-                let gone = Launched { pid: middle, pidfd: ours.try_clone().step("duplicate", "channel")?, channel: ours };
+                let gone = Launched {
+                    pid: middle,
+                    pidfd: ours.try_clone().step("duplicate", "channel")?,
+                    channel: ours,
+                };
                 return Err(match gone.progress() {
                     Ok(Progress::Failed(e)) => e,
                     _ => Error::Child("the middle process ended early".into()),
                 });
             }
             let pid = i32::from_ne_bytes(bytes);
-            Ok(Launched { pid, pidfd: pidfd(pid)?, channel: ours })
+            Ok(Launched {
+                pid,
+                pidfd: pidfd(pid)?,
+                channel: ours,
+            })
         }
     }
 }
@@ -329,7 +374,13 @@ fn fork_child(namespaces: libc::c_int, pid_namespace: Option<OwnedFd>, work: imp
 /// # Errors
 /// The specification is wrong, or a namespace cannot be made or joined.
 pub fn launch(plan: Plan<'_>) -> Result<Launched> {
-    let namespaces = plan.spec.linux().as_ref().and_then(|l| l.namespaces().as_ref()).cloned().unwrap_or_default();
+    let namespaces = plan
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.namespaces().as_ref())
+        .cloned()
+        .unwrap_or_default();
     let wanted = Wanted::of(&namespaces);
     let prepared = init::Prepared::new(plan.spec, &plan.program)?;
     let pid_namespace = wanted.joins(Type::Pid).map(namespace::open).transpose()?;
@@ -337,9 +388,14 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
     let now = wanted.create & !libc::CLONE_NEWCGROUP;
     let mapping = plan.mapping;
     if wanted.creates(Type::User) && mapping.is_none() {
-        return Err(Error::spec("linux.namespaces", "a new user namespace needs a mapping of one user"));
+        return Err(Error::spec(
+            "linux.namespaces",
+            "a new user namespace needs a mapping of one user",
+        ));
     }
-    let launched = fork_child(now, pid_namespace, move |caller| init::first(plan, wanted, prepared, caller))?;
+    let launched = fork_child(now, pid_namespace, move |caller| {
+        init::first(plan, wanted, prepared, caller)
+    })?;
     if let Some(mapping) = mapping {
         map_user(launched.pid, mapping)?;
     }
@@ -353,7 +409,9 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
 pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
     let prepared = init::Prepared::for_process(plan.process, plan.seccomp)?;
     let pid_namespace = namespace::of_process(plan.target, "pid")?;
-    fork_child(0, Some(pid_namespace), move |caller| init::further(plan, prepared, caller))
+    fork_child(0, Some(pid_namespace), move |caller| {
+        init::further(plan, prepared, caller)
+    })
 }
 
 fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {

@@ -20,5 +20,5 @@ pub mod seccomp;
 
 pub use error::{Error, Result};
 pub use holder::{HolderKind, holder_program};
-pub use rlimit::rlimits;
 pub use launch::{ExecPlan, Launched, Plan, Program, Progress, Stdio, UserMapping, exec, launch};
+pub use rlimit::rlimits;

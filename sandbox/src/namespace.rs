@@ -51,7 +51,9 @@ pub fn of_process(pid: i32, name: &str) -> Result<OwnedFd> {
 /// # Errors
 /// No such file.
 pub fn open(path: &Path) -> Result<OwnedFd> {
-    File::open(path).at("open namespace", path).map(OwnedFd::from)
+    File::open(path)
+        .at("open namespace", path)
+        .map(OwnedFd::from)
 }
 
 /// Joins one (setns(2)).
@@ -74,7 +76,9 @@ impl Wanted {
         let mut wanted = Self::default();
         for namespace in list {
             match namespace.path() {
-                Some(path) if !path.as_os_str().is_empty() => wanted.join.push((namespace.typ(), path.clone())),
+                Some(path) if !path.as_os_str().is_empty() => {
+                    wanted.join.push((namespace.typ(), path.clone()))
+                }
                 _ => wanted.create |= flag(namespace.typ()),
             }
         }
@@ -84,6 +88,9 @@ impl Wanted {
         self.create & flag(kind) != 0
     }
     pub(crate) fn joins(&self, kind: Type) -> Option<&Path> {
-        self.join.iter().find(|(k, _)| *k == kind).map(|(_, p)| p.as_path())
+        self.join
+            .iter()
+            .find(|(k, _)| *k == kind)
+            .map(|(_, p)| p.as_path())
     }
 }

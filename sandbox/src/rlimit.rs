@@ -32,7 +32,12 @@ fn number(kind: PosixRlimitType) -> u32 {
 /// A process's limits as `(RLIMIT_*, soft, hard)`, for whoever sets them elsewhere.
 #[must_use]
 pub fn rlimits(process: &Process) -> Vec<(u32, u64, u64)> {
-    process.rlimits().iter().flatten().map(|l| (number(l.typ()), l.soft(), l.hard())).collect()
+    process
+        .rlimits()
+        .iter()
+        .flatten()
+        .map(|l| (number(l.typ()), l.soft(), l.hard()))
+        .collect()
 }
 
 /// Sets each limit on the calling process. A hard limit that may not be raised (no `CAP_SYS_RESOURCE`)
@@ -40,7 +45,10 @@ pub fn rlimits(process: &Process) -> Vec<(u32, u64, u64)> {
 pub(crate) fn apply(limits: &[PosixRlimit]) -> Result<()> {
     for limit in limits {
         let resource = number(limit.typ());
-        let mut value = libc::rlimit { rlim_cur: limit.soft(), rlim_max: limit.hard() };
+        let mut value = libc::rlimit {
+            rlim_cur: limit.soft(),
+            rlim_max: limit.hard(),
+        };
         // SAFETY: `value` is a whole rlimit.
         if unsafe { libc::setrlimit(resource as _, &raw const value) } == 0 {
             continue;
@@ -49,7 +57,10 @@ pub(crate) fn apply(limits: &[PosixRlimit]) -> Result<()> {
         if error.raw_os_error() != Some(libc::EPERM) {
             return Err(error).step("set limit", limit.typ());
         }
-        let mut have = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let mut have = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
         // SAFETY: `have` is a whole rlimit to be filled in.
         if unsafe { libc::getrlimit(resource as _, &raw mut have) } == 0 {
             value.rlim_max = value.rlim_max.min(have.rlim_max);

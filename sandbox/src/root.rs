@@ -151,32 +151,80 @@ fn set_attributes(tree: impl AsFd, attr: MountAttr, recursive: bool, what: &Path
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: an empty C string, and a whole mount_attr whose size is given.
     let result = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, tree.as_fd().as_raw_fd(), c"".as_ptr(), flags, &raw const attr, size_of::<MountAttr>())
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
     };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("set mount attributes of", what) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).at("set mount attributes of", what)
+    }
 }
 
 fn c(path: &Path) -> Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| Error::spec("mounts", format!("{} has a zero byte", path.display())))
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| Error::spec("mounts", format!("{} has a zero byte", path.display())))
 }
 
 /// mount(2) on an open directory or file.
-fn mount_on(target: &OwnedFd, kind: &str, source: &str, flags: libc::c_ulong, data: &[String], what: &Path) -> Result<()> {
+fn mount_on(
+    target: &OwnedFd,
+    kind: &str,
+    source: &str,
+    flags: libc::c_ulong,
+    data: &[String],
+    what: &Path,
+) -> Result<()> {
     let target = CString::new(format!("/proc/self/fd/{}", target.as_raw_fd())).unwrap_or_default();
-    let text = |s: &str| CString::new(s).map_err(|_| Error::spec("mounts", format!("{s:?} has a zero byte")));
+    let text = |s: &str| {
+        CString::new(s).map_err(|_| Error::spec("mounts", format!("{s:?} has a zero byte")))
+    };
     let (kind_c, source, data) = (text(kind)?, text(source)?, text(&data.join(","))?);
     // SAFETY: C strings that outlive the call.
-    let result = unsafe { libc::mount(source.as_ptr(), target.as_ptr(), kind_c.as_ptr(), flags, data.as_ptr().cast()) };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).step("mount", format!("{kind} on {}", what.display())) }
+    let result = unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            kind_c.as_ptr(),
+            flags,
+            data.as_ptr().cast(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).step("mount", format!("{kind} on {}", what.display()))
+    }
 }
 
 /// mount(2) that changes a mount.
 fn remount(path: &Path, flags: libc::c_ulong) -> Result<()> {
     let path_c = c(path)?;
     // SAFETY: a C string that outlives the call.
-    let result = unsafe { libc::mount(std::ptr::null(), path_c.as_ptr(), std::ptr::null(), flags, std::ptr::null()) };
-    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("change propagation of", path) }
+    let result = unsafe {
+        libc::mount(
+            std::ptr::null(),
+            path_c.as_ptr(),
+            std::ptr::null(),
+            flags,
+            std::ptr::null(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).at("change propagation of", path)
+    }
 }
+
+/// As many as the kernel follows (path_resolution(7)).
+const MOST_LINKS: usize = 40;
 
 /// A root under construction.
 struct Builder {
@@ -187,12 +235,26 @@ impl Builder {
     /// Opens a path inside the root, following links inside it only.
     fn open(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         let relative = path.strip_prefix("/").unwrap_or(path);
-        let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
-        openat2(&self.root, relative, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+        let relative = if relative.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            relative
+        };
+        openat2(
+            &self.root,
+            relative,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        )
     }
 
     /// Opens the place of a mount, making directories, and an empty file for the mount of a file.
     fn destination(&self, path: &Path, directory: bool) -> Result<OwnedFd> {
+        self.make_destination(path, directory, 0)
+    }
+
+    fn make_destination(&self, path: &Path, directory: bool, links: usize) -> Result<OwnedFd> {
         match self.open(path, OFlags::PATH) {
             Ok(fd) => return Ok(fd),
             Err(rustix::io::Errno::NOENT) => {}
@@ -200,18 +262,39 @@ impl Builder {
         }
         let mut so_far = PathBuf::from("/");
         let mut parent = self.open(&so_far, OFlags::PATH).at("open", "/")?;
-        let parts: Vec<Component<'_>> = path.components().filter(|c| matches!(c, Component::Normal(_))).collect();
+        let parts: Vec<Component<'_>> = path
+            .components()
+            .filter(|c| matches!(c, Component::Normal(_)))
+            .collect();
         for (i, part) in parts.iter().enumerate() {
-            so_far.push(part);
+            let name = part.as_os_str();
+            let above = so_far.clone();
+            so_far.push(name);
             parent = match self.open(&so_far, OFlags::PATH) {
                 Ok(fd) => fd,
                 Err(rustix::io::Errno::NOENT) => {
-                    if i + 1 == parts.len() && !directory {
-                        openat(&parent, part.as_os_str(), OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::from_raw_mode(0o644)).at("make mount point", &so_far)?;
-                    } else {
-                        mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)).at("make mount point", &so_far)?;
+                    if let Ok(link) = rustix::fs::readlinkat(&parent, name, Vec::new()) {
+                        // A link to what is not there: its target is made, inside the root like every target.
+                        if links == MOST_LINKS {
+                            return Err(rustix::io::Errno::LOOP).at("open mount point", path);
+                        }
+                        let rest: PathBuf = parts[i + 1..].iter().collect();
+                        let target = above
+                            .join(std::ffi::OsStr::from_bytes(link.as_bytes()))
+                            .join(rest);
+                        return self.make_destination(&target, directory, links + 1);
                     }
-                    self.open(&so_far, OFlags::PATH).at("open mount point", &so_far)?
+                    if i + 1 == parts.len() && !directory {
+                        let flags =
+                            OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+                        openat(&parent, name, flags, Mode::from_raw_mode(0o644))
+                            .at("make mount point", &so_far)?;
+                    } else {
+                        mkdirat(&parent, name, Mode::from_raw_mode(0o755))
+                            .at("make mount point", &so_far)?;
+                    }
+                    self.open(&so_far, OFlags::PATH)
+                        .at("open mount point", &so_far)?
                 }
                 Err(e) => return Err(e).at("open mount point", &so_far),
             };
@@ -224,7 +307,10 @@ impl Builder {
         let list = mount.options().clone().unwrap_or_default();
         let mut options = options(&list);
         let destination = mount.destination();
-        let source = mount.source().clone().unwrap_or_else(|| PathBuf::from(kind));
+        let source = mount
+            .source()
+            .clone()
+            .unwrap_or_else(|| PathBuf::from(kind));
         if options.bind || kind == "bind" {
             return self.bind(&source, destination, &options);
         }
@@ -240,15 +326,33 @@ impl Builder {
             // Takes no data (mq_overview(7)).
             options.data.clear();
         }
-        let saved = if options.copy_up { Some(self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY).at("open", destination)?) } else { None };
+        let saved = if options.copy_up {
+            Some(
+                self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY)
+                    .at("open", destination)?,
+            )
+        } else {
+            None
+        };
         let flags = options.super_flags | mount_flags(options.attr);
-        mount_on(&target, kind, &source.to_string_lossy(), flags, &options.data, destination)?;
+        mount_on(
+            &target,
+            kind,
+            &source.to_string_lossy(),
+            flags,
+            &options.data,
+            destination,
+        )?;
         if let Some(saved) = saved {
-            let fresh = self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY).at("open", destination)?;
+            let fresh = self
+                .open(destination, OFlags::RDONLY | OFlags::DIRECTORY)
+                .at("open", destination)?;
             copy_directory(&saved, &fresh).at("copy into tmpfs", destination)?;
         }
         if let Some((propagation, recursive)) = options.propagation {
-            let fd = self.open(destination, OFlags::PATH).at("open", destination)?;
+            let fd = self
+                .open(destination, OFlags::PATH)
+                .at("open", destination)?;
             propagate(&fd, propagation, recursive, destination)?;
         }
         Ok(())
@@ -260,7 +364,8 @@ impl Builder {
             flags |= OpenTreeFlags::AT_RECURSIVE;
         }
         let tree = open_tree(CWD, source, flags).at("open mount source", source)?;
-        let directory = rustix::fs::fstat(&tree).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        let directory = rustix::fs::fstat(&tree)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
         set_attributes(&tree, options.attr, false, destination)?;
         set_attributes(&tree, options.recursive_attr, true, destination)?;
         if let Some((propagation, recursive)) = options.propagation {
@@ -271,24 +376,61 @@ impl Builder {
 
     fn attach(&self, tree: &OwnedFd, destination: &Path, directory: bool) -> Result<()> {
         let target = self.destination(destination, directory)?;
-        move_mount(tree, "", &target, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH)
-            .at("attach mount", destination)
+        move_mount(
+            tree,
+            "",
+            &target,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .at("attach mount", destination)
     }
 
     /// Version 1 in a container: a directory of binds of the container's own cgroups.
-    fn cgroups(&self, destination: &Path, cgroups: &[(String, PathBuf)], given: &Options) -> Result<()> {
+    fn cgroups(
+        &self,
+        destination: &Path,
+        cgroups: &[(String, PathBuf)],
+        given: &Options,
+    ) -> Result<()> {
         let target = self.destination(destination, true)?;
-        mount_on(&target, "tmpfs", "tmpfs", libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["mode=755".into()], destination)?;
+        mount_on(
+            &target,
+            "tmpfs",
+            "tmpfs",
+            libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+            &["mode=755".into()],
+            destination,
+        )?;
         for (name, source) in cgroups {
             let own = options(&["rbind".into()]);
-            self.bind(source, &destination.join(name), &Options { attr: given.attr, ..own })?;
+            self.bind(
+                source,
+                &destination.join(name),
+                &Options {
+                    attr: given.attr,
+                    ..own
+                },
+            )?;
             for alias in name.split(',').filter(|a| a != name) {
-                let directory = self.open(destination, OFlags::PATH).at("open", destination)?;
+                let directory = self
+                    .open(destination, OFlags::PATH)
+                    .at("open", destination)?;
                 symlinkat(name.as_str(), &directory, alias).at("link", destination.join(alias))?;
             }
         }
-        let top = self.open(destination, OFlags::PATH).at("open", destination)?;
-        set_attributes(&top, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, false, destination)
+        let top = self
+            .open(destination, OFlags::PATH)
+            .at("open", destination)?;
+        set_attributes(
+            &top,
+            MountAttr {
+                set: MOUNT_ATTR_RDONLY,
+                ..MountAttr::default()
+            },
+            false,
+            destination,
+        )
     }
 
     fn device(&self, device: &LinuxDevice) -> Result<()> {
@@ -297,21 +439,37 @@ impl Builder {
             LinuxDeviceType::B => libc::S_IFBLK,
             LinuxDeviceType::C | LinuxDeviceType::U => libc::S_IFCHR,
             LinuxDeviceType::P => libc::S_IFIFO,
-            LinuxDeviceType::A => return Err(Error::spec("linux.devices.type", format!("{}: 'a' is no device type, use c, b or p", path.display()))),
+            LinuxDeviceType::A => {
+                return Err(Error::spec(
+                    "linux.devices.type",
+                    format!("{}: 'a' is no device type, use c, b or p", path.display()),
+                ));
+            }
         };
         let mode = device.file_mode().unwrap_or(0o666) & 0o7777;
-        let number = rustix::fs::makedev(u32::try_from(device.major()).unwrap_or(0), u32::try_from(device.minor()).unwrap_or(0));
+        let number = rustix::fs::makedev(
+            u32::try_from(device.major()).unwrap_or(0),
+            u32::try_from(device.minor()).unwrap_or(0),
+        );
         self.node(path, kind | mode, number)?;
         let fd = self.open(path, OFlags::PATH).at("open", path)?;
         let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
         // SAFETY: an open descriptor and an empty C string.
-        let result = unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
-        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).at("set owner of", path) }
+        let result =
+            unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error()).at("set owner of", path)
+        }
     }
 
     fn node(&self, path: &Path, mode: u32, number: u64) -> Result<()> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(Error::spec("linux.devices.path", format!("{} is not below a directory", path.display())));
+            return Err(Error::spec(
+                "linux.devices.path",
+                format!("{} is not below a directory", path.display()),
+            ));
         };
         let parent = self.destination(parent, true)?;
         let name = c(Path::new(name))?;
@@ -331,14 +489,32 @@ impl Builder {
     }
 
     fn devices(&self, list: &[LinuxDevice]) -> Result<()> {
-        for (name, major, minor) in [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)] {
-            self.node(&Path::new("/dev").join(name), libc::S_IFCHR | 0o666, rustix::fs::makedev(major, minor))?;
+        for (name, major, minor) in [
+            ("null", 1, 3),
+            ("zero", 1, 5),
+            ("full", 1, 7),
+            ("random", 1, 8),
+            ("urandom", 1, 9),
+            ("tty", 5, 0),
+        ] {
+            self.node(
+                &Path::new("/dev").join(name),
+                libc::S_IFCHR | 0o666,
+                rustix::fs::makedev(major, minor),
+            )?;
         }
         for device in list {
             self.device(device)?;
         }
         let dev = self.destination(Path::new("/dev"), true)?;
-        for (target, name) in [("/proc/self/fd", "fd"), ("/proc/self/fd/0", "stdin"), ("/proc/self/fd/1", "stdout"), ("/proc/self/fd/2", "stderr"), ("/proc/kcore", "core"), ("pts/ptmx", "ptmx")] {
+        for (target, name) in [
+            ("/proc/self/fd", "fd"),
+            ("/proc/self/fd/0", "stdin"),
+            ("/proc/self/fd/1", "stdout"),
+            ("/proc/self/fd/2", "stderr"),
+            ("/proc/kcore", "core"),
+            ("pts/ptmx", "ptmx"),
+        ] {
             match symlinkat(target, &dev, name) {
                 Ok(()) | Err(rustix::io::Errno::EXIST) => {}
                 Err(e) => return Err(e).at("link", Path::new("/dev").join(name)),
@@ -353,12 +529,32 @@ impl Builder {
             Ok(fd) => fd,
             Err(_) => return Ok(()),
         };
-        let directory = rustix::fs::fstat(&fd).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        let directory = rustix::fs::fstat(&fd)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
         if directory {
-            mount_on(&fd, "tmpfs", "tmpfs", libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["size=0k".into(), "nr_inodes=1".into()], path)
+            mount_on(
+                &fd,
+                "tmpfs",
+                "tmpfs",
+                libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+                &["size=0k".into(), "nr_inodes=1".into()],
+                path,
+            )
         } else {
-            let null = open_tree(CWD, "/dev/null", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).at("open", "/dev/null")?;
-            move_mount(&null, "", &fd, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH).at("hide", path)
+            let null = open_tree(
+                CWD,
+                "/dev/null",
+                OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+            )
+            .at("open", "/dev/null")?;
+            move_mount(
+                &null,
+                "",
+                &fd,
+                "",
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+            )
+            .at("hide", path)
         }
     }
 
@@ -367,9 +563,32 @@ impl Builder {
             Ok(fd) => fd,
             Err(_) => return Ok(()),
         };
-        let tree = open_tree(&fd, "", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::AT_RECURSIVE).at("open", path)?;
-        set_attributes(&tree, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, true, path)?;
-        move_mount(&tree, "", &fd, "", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH).at("make read-only", path)
+        let tree = open_tree(
+            &fd,
+            "",
+            OpenTreeFlags::OPEN_TREE_CLONE
+                | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                | OpenTreeFlags::AT_EMPTY_PATH
+                | OpenTreeFlags::AT_RECURSIVE,
+        )
+        .at("open", path)?;
+        set_attributes(
+            &tree,
+            MountAttr {
+                set: MOUNT_ATTR_RDONLY,
+                ..MountAttr::default()
+            },
+            true,
+            path,
+        )?;
+        move_mount(
+            &tree,
+            "",
+            &fd,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .at("make read-only", path)
     }
 }
 
@@ -392,7 +611,15 @@ fn mount_flags(attr: MountAttr) -> libc::c_ulong {
 }
 
 fn propagate(tree: impl AsFd, kind: libc::c_ulong, recursive: bool, what: &Path) -> Result<()> {
-    set_attributes(tree, MountAttr { propagation: kind, ..MountAttr::default() }, recursive, what)
+    set_attributes(
+        tree,
+        MountAttr {
+            propagation: kind,
+            ..MountAttr::default()
+        },
+        recursive,
+        what,
+    )
 }
 
 fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
@@ -400,7 +627,8 @@ fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
     fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
         for entry in fs::read_dir(from)? {
             let entry = entry?;
-            let (source, target, kind) = (entry.path(), to.join(entry.file_name()), entry.file_type()?);
+            let (source, target, kind) =
+                (entry.path(), to.join(entry.file_name()), entry.file_type()?);
             if kind.is_dir() {
                 fs::create_dir(&target)?;
                 copy(&source, &target)?;
@@ -411,7 +639,11 @@ fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
                 fs::copy(&source, &target)?;
             }
             let meta = entry.metadata()?;
-            std::os::unix::fs::lchown(&target, Some(std::os::unix::fs::MetadataExt::uid(&meta)), Some(std::os::unix::fs::MetadataExt::gid(&meta)))?;
+            std::os::unix::fs::lchown(
+                &target,
+                Some(std::os::unix::fs::MetadataExt::uid(&meta)),
+                Some(std::os::unix::fs::MetadataExt::gid(&meta)),
+            )?;
         }
         Ok(())
     }
@@ -434,40 +666,94 @@ pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> 
         Root::Empty => {
             let at = Path::new("/tmp");
             let at = if at.is_dir() { at } else { Path::new("/proc") };
-            let fd = rustix::fs::open(at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", at)?;
-            mount_on(&fd, "tmpfs", "tmpfs", libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC, &["size=0k".into(), "nr_inodes=2".into(), "mode=555".into()], at)?;
+            let fd = rustix::fs::open(at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .at("open", at)?;
+            mount_on(
+                &fd,
+                "tmpfs",
+                "tmpfs",
+                libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+                &["size=0k".into(), "nr_inodes=2".into(), "mode=555".into()],
+                at,
+            )?;
             return pivot(at);
         }
         Root::Mounts { target, mounts } => (target.clone(), mounts),
     };
     if mounts.is_empty() {
-        let tree = open_tree(CWD, &target, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE).at("open root", &target)?;
+        let tree = open_tree(
+            CWD,
+            &target,
+            OpenTreeFlags::OPEN_TREE_CLONE
+                | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                | OpenTreeFlags::AT_RECURSIVE,
+        )
+        .at("open root", &target)?;
         attach_root(&tree, &target)?;
     }
     for mount in mounts {
         let options = options(&mount.options);
         if mount.kind == "bind" || options.bind {
-            let tree = open_tree(CWD, mount.source.as_str(), OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE).at("open root", &mount.source)?;
+            let tree = open_tree(
+                CWD,
+                mount.source.as_str(),
+                OpenTreeFlags::OPEN_TREE_CLONE
+                    | OpenTreeFlags::OPEN_TREE_CLOEXEC
+                    | OpenTreeFlags::AT_RECURSIVE,
+            )
+            .at("open root", &mount.source)?;
             set_attributes(&tree, options.attr, false, &target)?;
             attach_root(&tree, &target)?;
         } else {
-            let fd = rustix::fs::open(&target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", &target)?;
-            mount_on(&fd, &mount.kind, &mount.source, options.super_flags | mount_flags(options.attr), &options.data, &target)?;
+            let fd = rustix::fs::open(&target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .at("open", &target)?;
+            mount_on(
+                &fd,
+                &mount.kind,
+                &mount.source,
+                options.super_flags | mount_flags(options.attr),
+                &options.data,
+                &target,
+            )?;
         }
     }
-    let builder = Builder { root: rustix::fs::open(&target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).at("open root", &target)? };
+    let builder = Builder {
+        root: rustix::fs::open(
+            &target,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .at("open root", &target)?,
+    };
     // pivot_root(2) wants a parent that is not shared.
     propagate(&builder.root, libc::MS_PRIVATE, false, &target)?;
     for mount in spec.mounts().iter().flatten() {
         builder.mount(mount, cgroups)?;
     }
-    if spec.mounts().iter().flatten().any(|m| m.destination() == Path::new("/dev") && m.typ().as_deref() == Some("tmpfs")) {
-        builder.devices(linux.and_then(|l| l.devices().as_deref()).unwrap_or_default())?;
+    if spec
+        .mounts()
+        .iter()
+        .flatten()
+        .any(|m| m.destination() == Path::new("/dev") && m.typ().as_deref() == Some("tmpfs"))
+    {
+        builder.devices(
+            linux
+                .and_then(|l| l.devices().as_deref())
+                .unwrap_or_default(),
+        )?;
     }
-    for path in linux.and_then(|l| l.readonly_paths().as_ref()).into_iter().flatten() {
+    for path in linux
+        .and_then(|l| l.readonly_paths().as_ref())
+        .into_iter()
+        .flatten()
+    {
         builder.make_readonly(Path::new(path))?;
     }
-    for path in linux.and_then(|l| l.masked_paths().as_ref()).into_iter().flatten() {
+    for path in linux
+        .and_then(|l| l.masked_paths().as_ref())
+        .into_iter()
+        .flatten()
+    {
         builder.mask(Path::new(path))?;
     }
     if let Some(cwd) = spec.process().as_ref().map(oci_spec::runtime::Process::cwd) {
@@ -476,9 +762,21 @@ pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> 
             builder.destination(cwd, true)?;
         }
     }
-    let readonly = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
+    let readonly = spec
+        .root()
+        .as_ref()
+        .and_then(oci_spec::runtime::Root::readonly)
+        .unwrap_or(false);
     if readonly {
-        set_attributes(&builder.root, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() }, false, &target)?;
+        set_attributes(
+            &builder.root,
+            MountAttr {
+                set: MOUNT_ATTR_RDONLY,
+                ..MountAttr::default()
+            },
+            false,
+            &target,
+        )?;
     }
     drop(builder);
     pivot(&target)?;
@@ -493,7 +791,14 @@ pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> 
 }
 
 fn attach_root(tree: &OwnedFd, target: &Path) -> Result<()> {
-    move_mount(tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).at("attach root", target)
+    move_mount(
+        tree,
+        "",
+        CWD,
+        target,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .at("attach root", target)
 }
 
 /// Makes `target` the root and lets the old one go (pivot_root(2), "pivot_root(".", ".")").
@@ -534,7 +839,13 @@ mod tests {
     #[test]
     fn the_last_of_contradicting_options_counts() {
         assert_eq!(opts(&["ro", "rw"]).attr.set, 0);
-        assert_eq!(opts(&["rw", "ro"]).attr, MountAttr { set: MOUNT_ATTR_RDONLY, ..MountAttr::default() });
+        assert_eq!(
+            opts(&["rw", "ro"]).attr,
+            MountAttr {
+                set: MOUNT_ATTR_RDONLY,
+                ..MountAttr::default()
+            }
+        );
     }
 
     proptest! {

@@ -8,7 +8,9 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompOperator as Op};
+use oci_spec::runtime::{
+    LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompOperator as Op,
+};
 use syscalls::Sysno;
 
 use crate::error::Step;
@@ -71,7 +73,10 @@ fn value(action: Action, errno: Option<u32>) -> Result<u32> {
         Action::ScmpActLog => 0x7ffc_0000,
         Action::ScmpActAllow => 0x7fff_0000,
         Action::ScmpActNotify => {
-            return Err(Error::spec("linux.seccomp", "SCMP_ACT_NOTIFY needs an agent (listenerPath), which is not supported: use ERRNO or ALLOW"));
+            return Err(Error::spec(
+                "linux.seccomp",
+                "SCMP_ACT_NOTIFY needs an agent (listenerPath), which is not supported: use ERRNO or ALLOW",
+            ));
         }
     })
 }
@@ -106,13 +111,21 @@ impl Program {
             let action = value(entry.action(), entry.errno_ret())?;
             let conditions = entry.args().clone().unwrap_or_default();
             for name in entry.names() {
-                let Ok(number) = Sysno::from_str(name) else { continue };
+                let Ok(number) = Sysno::from_str(name) else {
+                    continue;
+                };
                 let number = u32::try_from(number.id()).unwrap_or(FIRST_FOREIGN);
-                let verdict = verdicts.entry(number).or_insert(Verdict { rules: Vec::new(), otherwise: default });
+                let verdict = verdicts.entry(number).or_insert(Verdict {
+                    rules: Vec::new(),
+                    otherwise: default,
+                });
                 if conditions.is_empty() {
                     verdict.otherwise = action;
                 } else {
-                    verdict.rules.push(Rule { conditions: conditions.clone(), action });
+                    verdict.rules.push(Rule {
+                        conditions: conditions.clone(),
+                        action,
+                    });
                 }
             }
         }
@@ -141,15 +154,33 @@ impl Program {
             len: u16,
             filter: *const Instruction,
         }
-        let len = u16::try_from(self.0.len()).map_err(|_| Error::spec("linux.seccomp", "the profile is too long"))?;
-        let filter = Filter { len, filter: self.0.as_ptr() };
+        let len = u16::try_from(self.0.len())
+            .map_err(|_| Error::spec("linux.seccomp", "the profile is too long"))?;
+        let filter = Filter {
+            len,
+            filter: self.0.as_ptr(),
+        };
         // SAFETY: points to `len` instructions that outlive the call.
-        let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const filter) };
-        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).step("load", "seccomp profile") }
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_seccomp,
+                libc::SECCOMP_SET_MODE_FILTER,
+                0,
+                &raw const filter,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error()).step("load", "seccomp profile")
+        }
     }
 
     fn assemble(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Self {
-        let plain = Verdict { rules: Vec::new(), otherwise: default };
+        let plain = Verdict {
+            rules: Vec::new(),
+            otherwise: default,
+        };
         let mut ranges: Vec<(u32, Verdict)> = vec![(0, plain.clone())];
         let mut next = 0;
         for (&number, verdict) in verdicts {
@@ -174,10 +205,30 @@ impl Program {
             merged.push((from, verdict));
         }
         let mut out = vec![
-            Instruction { code: LD_W_ABS, jt: 0, jf: 0, k: ARCH },
-            Instruction { code: JMP_JEQ, jt: 1, jf: 0, k: AUDIT_ARCH },
-            Instruction { code: RET, jt: 0, jf: 0, k: default },
-            Instruction { code: LD_W_ABS, jt: 0, jf: 0, k: NR },
+            Instruction {
+                code: LD_W_ABS,
+                jt: 0,
+                jf: 0,
+                k: ARCH,
+            },
+            Instruction {
+                code: JMP_JEQ,
+                jt: 1,
+                jf: 0,
+                k: AUDIT_ARCH,
+            },
+            Instruction {
+                code: RET,
+                jt: 0,
+                jf: 0,
+                k: default,
+            },
+            Instruction {
+                code: LD_W_ABS,
+                jt: 0,
+                jf: 0,
+                k: NR,
+            },
         ];
         search(&merged, &mut out);
         Self(out)
@@ -190,14 +241,29 @@ fn search(ranges: &[(u32, Verdict)], out: &mut Vec<Instruction>) {
         for rule in &verdict.rules {
             check(rule, out);
         }
-        out.push(Instruction { code: RET, jt: 0, jf: 0, k: verdict.otherwise });
+        out.push(Instruction {
+            code: RET,
+            jt: 0,
+            jf: 0,
+            k: verdict.otherwise,
+        });
         return;
     }
     let (left, right) = ranges.split_at(ranges.len() / 2);
     // Offsets of conditional jumps have 8 bits, those of an unconditional one 32.
-    out.push(Instruction { code: JMP_JGE, jt: 0, jf: 1, k: right[0].0 });
+    out.push(Instruction {
+        code: JMP_JGE,
+        jt: 0,
+        jf: 1,
+        k: right[0].0,
+    });
     let jump = out.len();
-    out.push(Instruction { code: JMP_JA, jt: 0, jf: 0, k: 0 });
+    out.push(Instruction {
+        code: JMP_JA,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    });
     search(left, out);
     out[jump].k = u32::try_from(out.len() - jump - 1).unwrap_or(u32::MAX);
     search(right, out);
@@ -217,7 +283,12 @@ fn check(rule: &Rule, out: &mut Vec<Instruction>) {
         let fail = u8::try_from(length - done + 1).unwrap_or(u8::MAX);
         test.emit(fail, out);
     }
-    out.push(Instruction { code: RET, jt: 0, jf: 0, k: rule.action });
+    out.push(Instruction {
+        code: RET,
+        jt: 0,
+        jf: 0,
+        k: rule.action,
+    });
 }
 
 /// A comparison of one 32-bit half of an argument.
@@ -244,16 +315,31 @@ impl Test {
         2 + usize::from(self.mask != u32::MAX)
     }
     fn emit(self, fail: u8, out: &mut Vec<Instruction>) {
-        out.push(Instruction { code: LD_W_ABS, jt: 0, jf: 0, k: self.offset });
+        out.push(Instruction {
+            code: LD_W_ABS,
+            jt: 0,
+            jf: 0,
+            k: self.offset,
+        });
         if self.mask != u32::MAX {
-            out.push(Instruction { code: ALU_AND, jt: 0, jf: 0, k: self.mask });
+            out.push(Instruction {
+                code: ALU_AND,
+                jt: 0,
+                jf: 0,
+                k: self.mask,
+            });
         }
         let way = |w: Way| match w {
             Way::Next => 0,
             Way::Skip(n) => n,
             Way::Fail => fail,
         };
-        out.push(Instruction { code: self.code, jt: way(self.then), jf: way(self.otherwise), k: self.k });
+        out.push(Instruction {
+            code: self.code,
+            jt: way(self.then),
+            jf: way(self.otherwise),
+            k: self.k,
+        });
     }
 }
 
@@ -267,8 +353,22 @@ fn compare(condition: &LinuxSeccompArg, out: &mut Vec<Test>) {
         mask = condition.value();
         want = condition.value_two().unwrap_or_default() & mask;
     }
-    let high = |code, then, otherwise| Test { offset: high_offset, mask: (mask >> 32) as u32, code, k: (want >> 32) as u32, then, otherwise };
-    let low = |code, then, otherwise| Test { offset: low_offset, mask: mask as u32, code, k: want as u32, then, otherwise };
+    let high = |code, then, otherwise| Test {
+        offset: high_offset,
+        mask: (mask >> 32) as u32,
+        code,
+        k: (want >> 32) as u32,
+        then,
+        otherwise,
+    };
+    let low = |code, then, otherwise| Test {
+        offset: low_offset,
+        mask: mask as u32,
+        code,
+        k: want as u32,
+        then,
+        otherwise,
+    };
     // A test of the low half behind one of the high half is two instructions long (no mask there).
     match condition.op() {
         Op::ScmpCmpEq | Op::ScmpCmpMaskedEq => {
@@ -280,13 +380,21 @@ fn compare(condition: &LinuxSeccompArg, out: &mut Vec<Test>) {
             out.push(low(JMP_JEQ, Way::Fail, Way::Next));
         }
         Op::ScmpCmpGt | Op::ScmpCmpGe => {
-            let last = if condition.op() == Op::ScmpCmpGt { JMP_JGT } else { JMP_JGE };
+            let last = if condition.op() == Op::ScmpCmpGt {
+                JMP_JGT
+            } else {
+                JMP_JGE
+            };
             out.push(high(JMP_JGT, Way::Skip(4), Way::Next));
             out.push(high(JMP_JEQ, Way::Next, Way::Fail));
             out.push(low(last, Way::Next, Way::Fail));
         }
         Op::ScmpCmpLt | Op::ScmpCmpLe => {
-            let last = if condition.op() == Op::ScmpCmpLt { JMP_JGE } else { JMP_JGT };
+            let last = if condition.op() == Op::ScmpCmpLt {
+                JMP_JGE
+            } else {
+                JMP_JGT
+            };
             out.push(high(JMP_JGT, Way::Fail, Way::Next));
             out.push(high(JMP_JEQ, Way::Next, Way::Skip(2)));
             out.push(low(last, Way::Fail, Way::Next));
@@ -316,7 +424,10 @@ mod tests {
             pc += 1;
             let branch = |yes: bool| usize::from(if yes { i.jt } else { i.jf });
             match i.code {
-                LD_W_ABS => acc = u32::from_le_bytes(data[i.k as usize..i.k as usize + 4].try_into().unwrap()),
+                LD_W_ABS => {
+                    acc =
+                        u32::from_le_bytes(data[i.k as usize..i.k as usize + 4].try_into().unwrap())
+                }
                 ALU_AND => acc &= i.k,
                 JMP_JA => pc += i.k as usize,
                 JMP_JEQ => pc += branch(acc == i.k),
@@ -342,10 +453,30 @@ mod tests {
     }
 
     fn condition() -> impl Strategy<Value = LinuxSeccompArg> {
-        let number = prop_oneof![0u64..4, Just(u64::from(u32::MAX)), Just(1 << 32), Just((1 << 32) + 1), any::<u64>()];
-        let op = prop::sample::select(vec![Op::ScmpCmpNe, Op::ScmpCmpLt, Op::ScmpCmpLe, Op::ScmpCmpEq, Op::ScmpCmpGe, Op::ScmpCmpGt, Op::ScmpCmpMaskedEq]);
+        let number = prop_oneof![
+            0u64..4,
+            Just(u64::from(u32::MAX)),
+            Just(1 << 32),
+            Just((1 << 32) + 1),
+            any::<u64>()
+        ];
+        let op = prop::sample::select(vec![
+            Op::ScmpCmpNe,
+            Op::ScmpCmpLt,
+            Op::ScmpCmpLe,
+            Op::ScmpCmpEq,
+            Op::ScmpCmpGe,
+            Op::ScmpCmpGt,
+            Op::ScmpCmpMaskedEq,
+        ]);
         (0usize..6, number.clone(), number, op).prop_map(|(i, v, w, op)| {
-            LinuxSeccompArgBuilder::default().index(i).value(v).value_two(w).op(op).build().unwrap()
+            LinuxSeccompArgBuilder::default()
+                .index(i)
+                .value(v)
+                .value_two(w)
+                .op(op)
+                .build()
+                .unwrap()
         })
     }
 

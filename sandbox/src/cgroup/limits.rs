@@ -13,15 +13,27 @@ use crate::Result;
 /// CPU shares of version 1 as a weight of version 2.
 #[must_use]
 pub(super) fn weight(shares: u64) -> u64 {
-    if shares == 0 { 0 } else { 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142 }
+    if shares == 0 {
+        0
+    } else {
+        1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
+    }
 }
 
 fn bytes(limit: i64) -> String {
-    if limit < 0 { "max".into() } else { limit.to_string() }
+    if limit < 0 {
+        "max".into()
+    } else {
+        limit.to_string()
+    }
 }
 
 pub(super) fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
-    if cgroup.unified() { version_2(cgroup, resources) } else { version_1(cgroup, resources) }
+    if cgroup.unified() {
+        version_2(cgroup, resources)
+    } else {
+        version_1(cgroup, resources)
+    }
 }
 
 fn version_1(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
@@ -34,7 +46,9 @@ fn version_1(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     if let Some(memory) = resources.memory() {
         let limit = memory.limit().filter(|l| *l != 0);
         let swap = memory.swap().filter(|l| *l != 0);
-        let accounts_swap = cgroup.controller("memory").is_some_and(|d| d.join("memory.memsw.limit_in_bytes").exists());
+        let accounts_swap = cgroup
+            .controller("memory")
+            .is_some_and(|d| d.join("memory.memsw.limit_in_bytes").exists());
         let limit_file = "memory.limit_in_bytes";
         // Memory with swap may never be below memory, so the order depends on the direction.
         let order_reversed = match (limit, cgroup.controller("memory")) {
@@ -77,8 +91,20 @@ fn version_1(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             set("cpuset", "cpuset.mems", nodes.clone())?;
         }
     }
-    if let Some(limit) = resources.pids().as_ref().map(oci_spec::runtime::LinuxPids::limit) {
-        set("pids", "pids.max", if limit > 0 { limit.to_string() } else { "max".into() })?;
+    if let Some(limit) = resources
+        .pids()
+        .as_ref()
+        .map(oci_spec::runtime::LinuxPids::limit)
+    {
+        set(
+            "pids",
+            "pids.max",
+            if limit > 0 {
+                limit.to_string()
+            } else {
+                "max".into()
+            },
+        )?;
     }
     for page in resources.hugepage_limits().iter().flatten() {
         if let Some(directory) = cgroup.controller("hugetlb") {
@@ -102,14 +128,43 @@ fn devices(directory: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
             LinuxDeviceType::A => 'a',
             LinuxDeviceType::P => continue,
         };
-        let number = |n: Option<i64>| n.filter(|n| *n >= 0).map_or_else(|| "*".to_string(), |n| n.to_string());
+        let number = |n: Option<i64>| {
+            n.filter(|n| *n >= 0)
+                .map_or_else(|| "*".to_string(), |n| n.to_string())
+        };
         let access = rule.access().clone().unwrap_or_else(|| "rwm".into());
-        let line = if kind == 'a' { "a".to_string() } else { format!("{kind} {}:{} {access}", number(rule.major()), number(rule.minor())) };
-        write(&directory.join(if rule.allow() { "devices.allow" } else { "devices.deny" }), &line)?;
+        let line = if kind == 'a' {
+            "a".to_string()
+        } else {
+            format!(
+                "{kind} {}:{} {access}",
+                number(rule.major()),
+                number(rule.minor())
+            )
+        };
+        write(
+            &directory.join(if rule.allow() {
+                "devices.allow"
+            } else {
+                "devices.deny"
+            }),
+            &line,
+        )?;
     }
     if !rules.is_empty() {
         // What every container has whatever the rules say (config-linux.md, "Default Devices").
-        for line in ["c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm", "c *:* m", "b *:* m"] {
+        for line in [
+            "c 1:3 rwm",
+            "c 1:5 rwm",
+            "c 1:7 rwm",
+            "c 1:8 rwm",
+            "c 1:9 rwm",
+            "c 5:0 rwm",
+            "c 5:2 rwm",
+            "c 136:* rwm",
+            "c *:* m",
+            "b *:* m",
+        ] {
             write(&directory.join("devices.allow"), line)?;
         }
     }
@@ -117,14 +172,20 @@ fn devices(directory: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
 }
 
 fn version_2(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
-    let Some(directory) = cgroup.controller("") else { return Ok(()) };
+    let Some(directory) = cgroup.controller("") else {
+        return Ok(());
+    };
     let set = |file: &str, value: String| write(&directory.join(file), &value);
     if let Some(memory) = resources.memory() {
         if let Some(limit) = memory.limit().filter(|l| *l != 0) {
             set("memory.max", bytes(limit))?;
             if let Some(swap) = memory.swap().filter(|s| *s != 0) {
                 // Version 1 counts memory and swap together, version 2 swap alone.
-                let only = if swap < 0 { -1 } else { (swap - limit.max(0)).max(0) };
+                let only = if swap < 0 {
+                    -1
+                } else {
+                    (swap - limit.max(0)).max(0)
+                };
                 if directory.join("memory.swap.max").exists() {
                     set("memory.swap.max", bytes(only))?;
                 }
@@ -149,12 +210,26 @@ fn version_2(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             set("cpuset.mems", nodes.clone())?;
         }
     }
-    if let Some(limit) = resources.pids().as_ref().map(oci_spec::runtime::LinuxPids::limit) {
-        set("pids.max", if limit > 0 { limit.to_string() } else { "max".into() })?;
+    if let Some(limit) = resources
+        .pids()
+        .as_ref()
+        .map(oci_spec::runtime::LinuxPids::limit)
+    {
+        set(
+            "pids.max",
+            if limit > 0 {
+                limit.to_string()
+            } else {
+                "max".into()
+            },
+        )?;
     }
     for (file, value) in resources.unified().iter().flatten() {
         if file.contains('/') {
-            return Err(crate::Error::spec("linux.resources.unified", format!("{file:?} is not the name of a cgroup file")));
+            return Err(crate::Error::spec(
+                "linux.resources.unified",
+                format!("{file:?} is not the name of a cgroup file"),
+            ));
         }
         set(file, value.clone())?;
     }

@@ -41,17 +41,29 @@ impl Location {
         let bad = |why: &str| Error::spec("linux.cgroupsPath", format!("{text:?} {why}"));
         let parts: Vec<&str> = text.split(':').collect();
         if let [slice, prefix, name] = parts[..] {
-            if slice.contains('/') || prefix.contains('/') || name.contains('/') || name.is_empty() {
+            if slice.contains('/') || prefix.contains('/') || name.contains('/') || name.is_empty()
+            {
                 return Err(bad("is not slice:prefix:name"));
             }
-            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            let slice = if slice.is_empty() {
+                "system.slice"
+            } else {
+                slice
+            };
             if !slice.ends_with(".slice") {
                 return Err(bad("names a slice that does not end in .slice"));
             }
-            return Ok(Self::Scope { slice: slice.into(), unit: format!("{prefix}-{name}.scope") });
+            return Ok(Self::Scope {
+                slice: slice.into(),
+                unit: format!("{prefix}-{name}.scope"),
+            });
         }
         let path = Path::new(text.trim_start_matches('/'));
-        if text.trim_matches('/').is_empty() || !path.components().all(|c| matches!(c, std::path::Component::Normal(_))) {
+        if text.trim_matches('/').is_empty()
+            || !path
+                .components()
+                .all(|c| matches!(c, std::path::Component::Normal(_)))
+        {
             return Err(bad("is not a path below a cgroup root"));
         }
         Ok(Self::Path(path.into()))
@@ -88,7 +100,8 @@ impl Hierarchies {
     /// # Errors
     /// They cannot be read, or no cgroup file system is mounted.
     pub fn detect() -> Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
+        let mounts =
+            fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
         let init = fs::read_to_string("/proc/1/cgroup").at("read", "/proc/1/cgroup")?;
         Self::from_text(&mounts, &init)
     }
@@ -96,10 +109,14 @@ impl Hierarchies {
     fn from_text(mounts: &str, init: &str) -> Result<Self> {
         let (mut first, mut second) = (Vec::<Hierarchy>::new(), None);
         for line in mounts.lines() {
-            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let Some((left, right)) = line.split_once(" - ") else {
+                continue;
+            };
             let left: Vec<&str> = left.split(' ').collect();
             let right: Vec<&str> = right.split(' ').collect();
-            let (Some(mount_root), Some(point)) = (left.get(3), left.get(4)) else { continue };
+            let (Some(mount_root), Some(point)) = (left.get(3), left.get(4)) else {
+                continue;
+            };
             match right.first() {
                 Some(&"cgroup2") if second.is_none() => second = Some((*mount_root, *point)),
                 Some(&"cgroup") => {
@@ -110,23 +127,46 @@ impl Hierarchies {
                         .filter(|o| o.starts_with("name=") || V1_CONTROLLERS.contains(o))
                         .map(str::to_string)
                         .collect();
-                    if controllers.is_empty() || first.iter().any(|h| h.controllers == controllers) {
+                    if controllers.is_empty() || first.iter().any(|h| h.controllers == controllers)
+                    {
                         continue;
                     }
                     let path = init_path(init, &controllers);
-                    first.push(Hierarchy { root: below(point, mount_root, path), controllers });
+                    first.push(Hierarchy {
+                        root: below(point, mount_root, path),
+                        controllers,
+                    });
                 }
                 _ => {}
             }
         }
-        if first.iter().any(|h| h.controllers.iter().any(|c| c == "memory")) {
-            return Ok(Self { unified: false, list: first });
+        if first
+            .iter()
+            .any(|h| h.controllers.iter().any(|c| c == "memory"))
+        {
+            return Ok(Self {
+                unified: false,
+                list: first,
+            });
         }
         let Some((mount_root, point)) = second else {
-            return Err(Error::spec("linux.cgroupsPath", "no cgroup file system is mounted on this machine"));
+            return Err(Error::spec(
+                "linux.cgroupsPath",
+                "no cgroup file system is mounted on this machine",
+            ));
         };
         let path = init_path(init, &[]);
-        Ok(Self { unified: true, list: vec![Hierarchy { controllers: Vec::new(), root: below(point, mount_root, path.map(|p| p.trim_end_matches("/init.scope"))) }] })
+        Ok(Self {
+            unified: true,
+            list: vec![Hierarchy {
+                controllers: Vec::new(),
+                root: below(
+                    point,
+                    mount_root,
+                    path.map(|p| p.trim_end_matches("/init.scope")),
+                ),
+            }],
+        })
     }
 
     /// Whether version 2 carries the controllers.
@@ -136,8 +176,21 @@ impl Hierarchies {
     }
 }
 
-const V1_CONTROLLERS: [&str; 13] =
-    ["cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb", "net_cls", "net_prio", "perf_event", "rdma"];
+const V1_CONTROLLERS: [&str; 13] = [
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "memory",
+    "devices",
+    "freezer",
+    "blkio",
+    "pids",
+    "hugetlb",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "rdma",
+];
 
 /// PID 1's own path in the hierarchy with these controllers: what `/` means to a nested machine such as a kind node.
 fn init_path<'a>(init: &'a str, controllers: &[String]) -> Option<&'a str> {
@@ -145,7 +198,9 @@ fn init_path<'a>(init: &'a str, controllers: &[String]) -> Option<&'a str> {
         let mut parts = line.splitn(3, ':');
         let (_, names, path) = (parts.next()?, parts.next()?, parts.next()?);
         let wanted = controllers.join(",");
-        (names == wanted || (!wanted.is_empty() && names.split(',').any(|n| controllers.iter().any(|c| c == n)))).then_some(path)
+        (names == wanted
+            || (!wanted.is_empty() && names.split(',').any(|n| controllers.iter().any(|c| c == n))))
+        .then_some(path)
     })
 }
 
@@ -153,7 +208,9 @@ fn init_path<'a>(init: &'a str, controllers: &[String]) -> Option<&'a str> {
 fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
     let path = path.unwrap_or("/");
     // A mount of a part of the hierarchy shows paths below that part only.
-    let path = Path::new(path).strip_prefix(mount_root).unwrap_or(Path::new(path));
+    let path = Path::new(path)
+        .strip_prefix(mount_root)
+        .unwrap_or(Path::new(path));
     let path = path.strip_prefix("/").unwrap_or(path);
     // systemd itself lives in init.scope of the root it manages.
     let path = path.strip_suffix_scope();
@@ -163,13 +220,27 @@ fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
 /// Where a hierarchy's `path` is found, the path taken as it is.
 fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> PathBuf {
     for line in mounts.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
         let left: Vec<&str> = left.split(' ').collect();
         let right: Vec<&str> = right.split(' ').collect();
-        let (Some(mount_root), Some(point), Some(kind)) = (left.get(3), left.get(4), right.first()) else { continue };
-        let ours = if controllers.is_empty() { *kind == "cgroup2" } else { *kind == "cgroup" && right.get(2).is_some_and(|o| controllers.iter().all(|c| o.split(',').any(|x| x == c))) };
+        let (Some(mount_root), Some(point), Some(kind)) = (left.get(3), left.get(4), right.first())
+        else {
+            continue;
+        };
+        let ours = if controllers.is_empty() {
+            *kind == "cgroup2"
+        } else {
+            *kind == "cgroup"
+                && right
+                    .get(2)
+                    .is_some_and(|o| controllers.iter().all(|c| o.split(',').any(|x| x == c)))
+        };
         if ours {
-            let path = Path::new(path).strip_prefix(mount_root).unwrap_or(Path::new(path));
+            let path = Path::new(path)
+                .strip_prefix(mount_root)
+                .unwrap_or(Path::new(path));
             return Path::new(point).join(path.strip_prefix("/").unwrap_or(path));
         }
     }
@@ -182,7 +253,11 @@ trait StripScope {
 
 impl StripScope for Path {
     fn strip_suffix_scope(&self) -> &Path {
-        if self.ends_with("init.scope") { self.parent().unwrap_or(self) } else { self }
+        if self.ends_with("init.scope") {
+            self.parent().unwrap_or(self)
+        } else {
+            self
+        }
     }
 }
 
@@ -202,7 +277,11 @@ impl Cgroup {
         let directory = location.directory();
         Self {
             unified: hierarchies.unified,
-            directories: hierarchies.list.iter().map(|h| (h.controllers.clone(), h.root.join(&directory))).collect(),
+            directories: hierarchies
+                .list
+                .iter()
+                .map(|h| (h.controllers.clone(), h.root.join(&directory)))
+                .collect(),
             scope: match location {
                 Location::Scope { unit, .. } => Some(unit.clone()),
                 Location::Path(_) => None,
@@ -217,13 +296,23 @@ impl Cgroup {
     pub fn of_process(hierarchies: &Hierarchies, pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/cgroup");
         let text = fs::read_to_string(&path).at("read", &path)?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
+        let mounts =
+            fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
         let directories = hierarchies
             .list
             .iter()
-            .filter_map(|h| Some((h.controllers.clone(), below_exactly(&mounts, &h.controllers, init_path(&text, &h.controllers)?))))
+            .filter_map(|h| {
+                Some((
+                    h.controllers.clone(),
+                    below_exactly(&mounts, &h.controllers, init_path(&text, &h.controllers)?),
+                ))
+            })
             .collect();
-        Ok(Self { unified: hierarchies.unified, directories, scope: None })
+        Ok(Self {
+            unified: hierarchies.unified,
+            directories,
+            scope: None,
+        })
     }
 
     /// On version 1 the directory of each hierarchy by the name a container sees (`memory`, `cpu,cpuacct`, `systemd`).
@@ -232,14 +321,27 @@ impl Cgroup {
         if self.unified {
             return Vec::new();
         }
-        self.directories.iter().map(|(c, d)| (c.join(",").trim_start_matches("name=").to_string(), d.clone())).collect()
+        self.directories
+            .iter()
+            .map(|(c, d)| {
+                (
+                    c.join(",").trim_start_matches("name=").to_string(),
+                    d.clone(),
+                )
+            })
+            .collect()
     }
 
     /// Makes the cgroup with `pid` in it, and sets its limits.
     ///
     /// # Errors
     /// systemd or the kernel refuses; the message names which file.
-    pub async fn create(hierarchies: &Hierarchies, location: &Location, pid: i32, resources: Option<&LinuxResources>) -> Result<Self> {
+    pub async fn create(
+        hierarchies: &Hierarchies,
+        location: &Location,
+        pid: i32,
+        resources: Option<&LinuxResources>,
+    ) -> Result<Self> {
         let cgroup = Self::at(hierarchies, location);
         if let Location::Scope { slice, unit } = location {
             systemd::start_scope(slice, unit, pid, resources, hierarchies.unified).await?;
@@ -275,7 +377,11 @@ impl Cgroup {
         let mut leaf = self.clone();
         leaf.scope = None;
         for (controllers, directory) in &mut leaf.directories {
-            if self.unified || controllers.iter().any(|c| ["freezer", "memory", "pids"].contains(&c.as_str())) {
+            if self.unified
+                || controllers
+                    .iter()
+                    .any(|c| ["freezer", "memory", "pids"].contains(&c.as_str()))
+            {
                 directory.push(name);
                 match fs::create_dir(&*directory) {
                     Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
@@ -328,7 +434,11 @@ impl Cgroup {
             .iter()
             .map(|(_, directory)| {
                 let path = directory.join("cgroup.procs");
-                fs::OpenOptions::new().write(true).open(&path).at("open", &path).map(OwnedFd::from)
+                fs::OpenOptions::new()
+                    .write(true)
+                    .open(&path)
+                    .at("open", &path)
+                    .map(OwnedFd::from)
             })
             .collect()
     }
@@ -358,13 +468,21 @@ impl Cgroup {
     /// # Errors
     /// The file cannot be written, or the cgroup does not get there in time.
     pub fn freeze(&self) -> Result<()> {
-        let Some(directory) = self.freezer() else { return Ok(()) };
-        let (file, value) = if self.unified { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
+        let Some(directory) = self.freezer() else {
+            return Ok(());
+        };
+        let (file, value) = if self.unified {
+            ("cgroup.freeze", "1")
+        } else {
+            ("freezer.state", "FROZEN")
+        };
         write(&directory.join(file), value)?;
         let end = Instant::now() + Duration::from_millis(500);
         loop {
             let frozen = if self.unified {
-                read(&directory.join("cgroup.events"))?.lines().any(|l| l == "frozen 1")
+                read(&directory.join("cgroup.events"))?
+                    .lines()
+                    .any(|l| l == "frozen 1")
             } else {
                 read(&directory.join("freezer.state"))?.trim() == "FROZEN"
             };
@@ -372,7 +490,8 @@ impl Cgroup {
                 return Ok(());
             }
             if Instant::now() > end {
-                return Err(std::io::Error::from_raw_os_error(libc::ETIMEDOUT)).at("freeze", directory);
+                return Err(std::io::Error::from_raw_os_error(libc::ETIMEDOUT))
+                    .at("freeze", directory);
             }
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -383,8 +502,14 @@ impl Cgroup {
     /// # Errors
     /// The file cannot be written.
     pub fn thaw(&self) -> Result<()> {
-        let Some(directory) = self.freezer() else { return Ok(()) };
-        let (file, value) = if self.unified { ("cgroup.freeze", "0") } else { ("freezer.state", "THAWED") };
+        let Some(directory) = self.freezer() else {
+            return Ok(());
+        };
+        let (file, value) = if self.unified {
+            ("cgroup.freeze", "0")
+        } else {
+            ("freezer.state", "THAWED")
+        };
         write(&directory.join(file), value)
     }
 
@@ -393,7 +518,9 @@ impl Cgroup {
     /// # Errors
     /// Processes cannot be listed.
     pub fn kill(&self) -> Result<()> {
-        let Some(directory) = self.main() else { return Ok(()) };
+        let Some(directory) = self.main() else {
+            return Ok(());
+        };
         if self.unified && directory.join("cgroup.kill").exists() {
             return write(&directory.join("cgroup.kill"), "1");
         }
@@ -419,7 +546,10 @@ impl Cgroup {
     /// A directory cannot be removed.
     pub fn remove(&self) -> Result<()> {
         for (controllers, directory) in &self.directories {
-            if self.scope.is_some() && !self.unified && controllers.iter().any(|c| c.starts_with("name=")) {
+            if self.scope.is_some()
+                && !self.unified
+                && controllers.iter().any(|c| c.starts_with("name="))
+            {
                 // systemd removes its own directory when the scope has ended.
                 remove_children(directory)?;
                 continue;
@@ -445,18 +575,32 @@ impl Cgroup {
     /// How many processes were killed for want of memory so far.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
-        let Some(directory) = self.controller("memory") else { return 0 };
-        let file = if self.unified { "memory.events" } else { "memory.oom_control" };
+        let Some(directory) = self.controller("memory") else {
+            return 0;
+        };
+        let file = if self.unified {
+            "memory.events"
+        } else {
+            "memory.oom_control"
+        };
         fs::read_to_string(directory.join(file))
             .ok()
-            .and_then(|text| text.lines().find_map(|l| l.strip_prefix("oom_kill ").and_then(|n| n.trim().parse().ok())))
+            .and_then(|text| {
+                text.lines().find_map(|l| {
+                    l.strip_prefix("oom_kill ")
+                        .and_then(|n| n.trim().parse().ok())
+                })
+            })
             .unwrap_or(0)
     }
 
     /// The directory that says of memory, or on version 2 the only one.
     #[must_use]
     pub fn controller(&self, name: &str) -> Option<&Path> {
-        self.directories.iter().find(|(c, _)| self.unified || c.iter().any(|c| c == name)).map(|(_, d)| d.as_path())
+        self.directories
+            .iter()
+            .find(|(c, _)| self.unified || c.iter().any(|c| c == name))
+            .map(|(_, d)| d.as_path())
     }
 
     /// Whether this is version 2.
@@ -471,7 +615,8 @@ impl Cgroup {
 
     /// The hierarchy asked for processes: one in which a leaf has its own directory.
     fn main(&self) -> Option<&Path> {
-        self.controller("memory").or_else(|| self.directories.first().map(|(_, d)| d.as_path()))
+        self.controller("memory")
+            .or_else(|| self.directories.first().map(|(_, d)| d.as_path()))
     }
 }
 
@@ -516,7 +661,11 @@ fn gone(e: &std::io::Error) -> bool {
 }
 
 fn enable_controllers(directory: &Path) -> Result<()> {
-    let mut parents: Vec<&Path> = directory.ancestors().skip(1).take_while(|p| p.join("cgroup.controllers").exists() || !p.exists()).collect();
+    let mut parents: Vec<&Path> = directory
+        .ancestors()
+        .skip(1)
+        .take_while(|p| p.join("cgroup.controllers").exists() || !p.exists())
+        .collect();
     parents.reverse();
     for parent in parents {
         if !parent.exists() {
@@ -526,7 +675,10 @@ fn enable_controllers(directory: &Path) -> Result<()> {
         for controller in read(&parent.join("cgroup.controllers"))?.split_whitespace() {
             if !have.split_whitespace().any(|c| c == controller) {
                 // A controller that cannot be had (internal processes, threaded) shows when a limit needs it.
-                let _ = write(&parent.join("cgroup.subtree_control"), &format!("+{controller}"));
+                let _ = write(
+                    &parent.join("cgroup.subtree_control"),
+                    &format!("+{controller}"),
+                );
             }
         }
     }
@@ -537,11 +689,15 @@ fn enable_controllers(directory: &Path) -> Result<()> {
 fn inherit_cpuset(directory: &Path) -> Result<()> {
     let mut missing: Vec<&Path> = directory
         .ancestors()
-        .take_while(|d| fs::read_to_string(d.join("cpuset.cpus")).is_ok_and(|t| t.trim().is_empty()))
+        .take_while(|d| {
+            fs::read_to_string(d.join("cpuset.cpus")).is_ok_and(|t| t.trim().is_empty())
+        })
         .collect();
     missing.reverse();
     for level in missing {
-        let Some(parent) = level.parent() else { continue };
+        let Some(parent) = level.parent() else {
+            continue;
+        };
         for file in ["cpuset.cpus", "cpuset.mems"] {
             write(&level.join(file), read(&parent.join(file))?.trim())?;
         }
@@ -570,7 +726,12 @@ mod tests {
     #[test]
     fn a_scope_lies_below_the_slices_that_its_name_spells() {
         let l = Location::parse("kubelet-kubepods-pod1.slice:cri-containerd:abc").unwrap();
-        assert_eq!(l.directory(), Path::new("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod1.slice/cri-containerd-abc.scope"));
+        assert_eq!(
+            l.directory(),
+            Path::new(
+                "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod1.slice/cri-containerd-abc.scope"
+            )
+        );
     }
 
     #[test]
@@ -578,12 +739,19 @@ mod tests {
         let mounts = "50 49 0:30 /docker/x /sys/fs/cgroup/memory rw - cgroup memory rw,memory\n\
                       51 49 0:31 /docker/x /sys/fs/cgroup/cpu,cpuacct rw - cgroup c rw,cpu,cpuacct\n\
                       52 49 0:32 /docker/x /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
-        let init = "3:memory:/docker/x\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x/init.scope\n";
+        let init =
+            "3:memory:/docker/x\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x/init.scope\n";
         let h = Hierarchies::from_text(mounts, init).unwrap();
         assert!(!h.unified());
         let c = Cgroup::at(&h, &Location::parse("/kubepods/a").unwrap());
-        assert_eq!(c.controller("memory").unwrap(), Path::new("/sys/fs/cgroup/memory/kubepods/a"));
-        assert_eq!(c.controller("cpuacct").unwrap(), Path::new("/sys/fs/cgroup/cpu,cpuacct/kubepods/a"));
+        assert_eq!(
+            c.controller("memory").unwrap(),
+            Path::new("/sys/fs/cgroup/memory/kubepods/a")
+        );
+        assert_eq!(
+            c.controller("cpuacct").unwrap(),
+            Path::new("/sys/fs/cgroup/cpu,cpuacct/kubepods/a")
+        );
     }
 
     #[test]
@@ -592,7 +760,10 @@ mod tests {
         let h = Hierarchies::from_text(mounts, "0::/init.scope\n").unwrap();
         assert!(h.unified());
         let c = Cgroup::at(&h, &Location::parse("system.slice:cri:1").unwrap());
-        assert_eq!(c.controller("memory").unwrap(), Path::new("/sys/fs/cgroup/system.slice/cri-1.scope"));
+        assert_eq!(
+            c.controller("memory").unwrap(),
+            Path::new("/sys/fs/cgroup/system.slice/cri-1.scope")
+        );
     }
 
     proptest! {

@@ -28,16 +28,37 @@ impl Manager {
     async fn connect() -> Result<Self> {
         if let Ok(stream) = UnixStream::connect(BUS) {
             let connection = zbus::connection::Builder::unix_stream(stream).build().await;
-            return Ok(Self::Bus(connection.map_err(|e| failed("connect", BUS, e))?));
+            return Ok(Self::Bus(
+                connection.map_err(|e| failed("connect", BUS, e))?,
+            ));
         }
         let stream = UnixStream::connect(PRIVATE).map_err(|e| failed("connect", PRIVATE, e))?;
-        let connection = zbus::connection::Builder::unix_stream(stream).p2p().build().await;
-        Ok(Self::Private(connection.map_err(|e| failed("connect", PRIVATE, e))?))
+        let connection = zbus::connection::Builder::unix_stream(stream)
+            .p2p()
+            .build()
+            .await;
+        Ok(Self::Private(
+            connection.map_err(|e| failed("connect", PRIVATE, e))?,
+        ))
     }
 
-    async fn call<B: serde::Serialize + zbus::zvariant::DynamicType>(&self, method: &'static str, unit: &str, body: &B) -> Result<()> {
+    async fn call<B: serde::Serialize + zbus::zvariant::DynamicType>(
+        &self,
+        method: &'static str,
+        unit: &str,
+        body: &B,
+    ) -> Result<()> {
         let result = match self {
-            Self::Bus(bus) => bus.call_method(Some("org.freedesktop.systemd1"), OBJECT, Some(MANAGER), method, body).await.map(drop),
+            Self::Bus(bus) => bus
+                .call_method(
+                    Some("org.freedesktop.systemd1"),
+                    OBJECT,
+                    Some(MANAGER),
+                    method,
+                    body,
+                )
+                .await
+                .map(drop),
             Self::Private(socket) => {
                 let message = zbus::message::Message::method_call(OBJECT, method)
                     .interface(MANAGER)
@@ -72,11 +93,21 @@ pub(super) fn slice_path(slice: &str) -> PathBuf {
 }
 
 fn failed(step: &'static str, unit: &str, reason: impl ToString) -> Error {
-    Error::Systemd { step, unit: unit.into(), reason: reason.to_string() }
+    Error::Systemd {
+        step,
+        unit: unit.into(),
+        reason: reason.to_string(),
+    }
 }
 
 /// Starts a transient scope with `pid` in it and waits until it is there.
-pub(super) async fn start_scope(slice: &str, unit: &str, pid: i32, resources: Option<&LinuxResources>, unified: bool) -> Result<()> {
+pub(super) async fn start_scope(
+    slice: &str,
+    unit: &str,
+    pid: i32,
+    resources: Option<&LinuxResources>,
+    unified: bool,
+) -> Result<()> {
     let manager = Manager::connect().await?;
     let pids = [u32::try_from(pid).map_err(|e| failed("process number", unit, e))?];
     let mut properties: Vec<(&str, Variant<'_>)> = vec![
@@ -88,25 +119,49 @@ pub(super) async fn start_scope(slice: &str, unit: &str, pid: i32, resources: Op
         ("MemoryAccounting", Variant::from(true)),
         ("CPUAccounting", Variant::from(true)),
         ("TasksAccounting", Variant::from(true)),
-        (if unified { "IOAccounting" } else { "BlockIOAccounting" }, Variant::from(true)),
+        (
+            if unified {
+                "IOAccounting"
+            } else {
+                "BlockIOAccounting"
+            },
+            Variant::from(true),
+        ),
     ];
     // Limits go to systemd too, or its next reload would write its own defaults over ours.
     if let Some(memory) = resources.and_then(|r| r.memory().as_ref())
         && let Some(limit) = memory.limit().filter(|l| *l > 0)
     {
-        properties.push((if unified { "MemoryMax" } else { "MemoryLimit" }, Variant::from(limit.unsigned_abs())));
+        properties.push((
+            if unified { "MemoryMax" } else { "MemoryLimit" },
+            Variant::from(limit.unsigned_abs()),
+        ));
     }
     if let Some(cpu) = resources.and_then(|r| r.cpu().as_ref()) {
         if let Some(shares) = cpu.shares().filter(|s| *s != 0) {
-            properties.push(if unified { ("CPUWeight", Variant::from(weight(shares))) } else { ("CPUShares", Variant::from(shares)) });
+            properties.push(if unified {
+                ("CPUWeight", Variant::from(weight(shares)))
+            } else {
+                ("CPUShares", Variant::from(shares))
+            });
         }
-        if let (Some(quota), Some(period)) = (cpu.quota().filter(|q| *q > 0), cpu.period().filter(|p| *p > 0)) {
+        if let (Some(quota), Some(period)) = (
+            cpu.quota().filter(|q| *q > 0),
+            cpu.period().filter(|p| *p > 0),
+        ) {
             let per_second = quota.unsigned_abs().saturating_mul(1_000_000) / period;
             // systemd keeps hundredths of a percent: round up, or the limit is below what was asked.
-            properties.push(("CPUQuotaPerSecUSec", Variant::from(per_second.div_ceil(10_000) * 10_000)));
+            properties.push((
+                "CPUQuotaPerSecUSec",
+                Variant::from(per_second.div_ceil(10_000) * 10_000),
+            ));
         }
     }
-    if let Some(pids) = resources.and_then(|r| r.pids().as_ref()).map(oci_spec::runtime::LinuxPids::limit).filter(|l| *l > 0) {
+    if let Some(pids) = resources
+        .and_then(|r| r.pids().as_ref())
+        .map(oci_spec::runtime::LinuxPids::limit)
+        .filter(|l| *l > 0)
+    {
         properties.push(("TasksMax", Variant::from(pids.unsigned_abs())));
     }
     let auxiliary: Vec<(&str, Vec<(&str, Variant<'_>)>)> = Vec::new();
@@ -128,15 +183,22 @@ async fn wait_for_scope(unit: &str, pid: i32) -> Result<()> {
     let path = format!("/proc/{pid}/cgroup");
     let mut pause = Duration::from_micros(200);
     loop {
-        let text = std::fs::read_to_string(&path).map_err(|e| failed("wait for", unit, format!("{path}: {e}")))?;
+        let text = std::fs::read_to_string(&path)
+            .map_err(|e| failed("wait for", unit, format!("{path}: {e}")))?;
         let there = |line: &str| line.ends_with(unit);
         // On version 1 systemd moves the process in its own hierarchy last.
-        let moved = text.lines().any(|l| (l.contains(":name=systemd:") || l.starts_with("0::")) && there(l));
+        let moved = text
+            .lines()
+            .any(|l| (l.contains(":name=systemd:") || l.starts_with("0::")) && there(l));
         if moved {
             return Ok(());
         }
         if Instant::now() > end {
-            return Err(failed("wait for", unit, "the process was not moved within 30 s"));
+            return Err(failed(
+                "wait for",
+                unit,
+                "the process was not moved within 30 s",
+            ));
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_millis(10));
@@ -150,7 +212,10 @@ mod tests {
 
     #[test]
     fn a_slice_is_found_below_its_parents() {
-        assert_eq!(slice_path("a-b-c.slice"), Path::new("a.slice/a-b.slice/a-b-c.slice"));
+        assert_eq!(
+            slice_path("a-b-c.slice"),
+            Path::new("a.slice/a-b.slice/a-b-c.slice")
+        );
         assert_eq!(slice_path("-.slice"), Path::new(""));
     }
 }

@@ -1,0 +1,627 @@
+//! Containers on this machine's kernel: as root, without containerd.
+//!
+//! The tests run one after the other on the main thread, since [`sock_sandbox::launch`] forks a process that must have
+//! no other.
+
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test that cannot go on says where"
+)]
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use oci_spec::runtime::Spec;
+use serde_json::{Value, json};
+use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
+use sock_sandbox::root::{Root, RootMount};
+use sock_sandbox::{
+    ExecPlan, HolderKind, Launched, Plan, Program, Progress, Stdio, UserMapping, exec, launch,
+};
+
+fn main() {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let tests: &[(&str, fn())] = &[
+        ("a_program_runs_and_its_status_is_told", status_is_told),
+        ("a_container_sees_itself_alone", sees_itself_alone),
+        (
+            "a_user_without_privileges_stays_one",
+            user_without_privileges,
+        ),
+        ("paths_are_masked_and_read_only", paths_are_masked),
+        ("a_link_of_the_image_leads_no_mount_out", links_stay_inside),
+        ("a_profile_forbids_a_system_call", profile_forbids),
+        ("a_missing_program_is_named", missing_program),
+        ("exec_joins_the_container_and_its_cgroup", exec_joins),
+        ("a_terminal_is_the_containers_own", terminal),
+        ("a_cgroup_limits_freezes_and_kills", cgroup),
+        (
+            "a_holder_keeps_namespaces_and_shows_no_file_of_the_host",
+            holder,
+        ),
+        (
+            "a_holder_of_descendants_outlives_its_signal",
+            holder_of_descendants,
+        ),
+        (
+            "a_user_namespace_cannot_lift_a_read_only_mount",
+            locked_flags,
+        ),
+        ("an_abandoned_child_ends", abandoned),
+    ];
+    let trials = tests.iter().map(|(name, test)| {
+        let test = *test;
+        Trial::test(*name, move || {
+            // A failed assertion unwinds only as far as this.
+            std::panic::catch_unwind(test).map_err(|e| {
+                let text = e
+                    .downcast_ref::<String>()
+                    .cloned()
+                    .or_else(|| e.downcast_ref::<&str>().map(|s| (*s).to_string()));
+                Failed::from(text.unwrap_or_else(|| "panicked".into()))
+            })
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// A root file system of busybox, removed at the end.
+struct Image(tempfile::TempDir);
+
+impl Image {
+    fn new() -> Self {
+        assert!(
+            Path::new("/bin/busybox").exists(),
+            "these tests need /bin/busybox: install busybox-static"
+        );
+        let root = tempfile::tempdir().unwrap();
+        for directory in ["bin", "proc", "sys", "dev", "tmp", "etc", "data"] {
+            fs::create_dir(root.path().join(directory)).unwrap();
+        }
+        fs::copy("/bin/busybox", root.path().join("bin/busybox")).unwrap();
+        for applet in [
+            "sh", "cat", "id", "ls", "mount", "sleep", "hostname", "touch", "tty", "stat",
+            "readlink", "dd", "unshare", "true",
+        ] {
+            std::os::unix::fs::symlink("busybox", root.path().join("bin").join(applet)).unwrap();
+        }
+        std::os::unix::fs::chown(root.path(), Some(0), Some(0)).unwrap();
+        fs::set_permissions(
+            root.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
+        Self(root)
+    }
+    fn root(&self) -> Root {
+        Root::Mounts {
+            target: self.0.path().into(),
+            mounts: Vec::new(),
+        }
+    }
+}
+
+/// A specification like containerd's, with `script` for a shell.
+fn spec(script: &str) -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "hostname": "inside",
+        "root": {"path": "rootfs"},
+        "process": {
+            "cwd": "/", "args": ["sh", "-c", script], "env": ["PATH=/bin"],
+            "user": {"uid": 0, "gid": 0}, "noNewPrivileges": true,
+            "capabilities": {"bounding": ["CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"]}
+        },
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro", "nosuid"]}
+        ],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]}
+    })
+}
+
+fn parsed(spec: &Value) -> Spec {
+    serde_json::from_value(spec.clone()).unwrap()
+}
+
+fn pipe() -> (fs::File, OwnedFd) {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    (reader.into(), writer)
+}
+
+fn plan(spec: &Spec, root: Root, program: Program) -> Plan<'_> {
+    Plan {
+        spec,
+        root,
+        program,
+        stdio: Stdio::default(),
+        extra: Vec::new(),
+        mapping: None,
+        cgroups: Vec::new(),
+    }
+}
+
+/// Brings a child to its program.
+fn go(child: &Launched) -> Result<Option<OwnedFd>, String> {
+    child.proceed().unwrap();
+    let terminal = match child.wait_progress().unwrap() {
+        Progress::Created(terminal) => terminal,
+        Progress::Failed(e) => return Err(e.to_string()),
+        Progress::Started => return Err("ended early".into()),
+    };
+    child.start().unwrap();
+    match child.wait_progress().unwrap() {
+        Progress::Started => Ok(terminal),
+        Progress::Failed(e) => Err(e.to_string()),
+        Progress::Created(_) => Err("created twice".into()),
+    }
+}
+
+fn wait(pid: i32) -> i32 {
+    let mut status = 0;
+    // SAFETY: waits for a child of this process.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        128 + libc::WTERMSIG(status)
+    }
+}
+
+fn kill(pid: i32, signal: i32) {
+    // SAFETY: a child of this process that has not been waited for.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// Runs a specification to its end; its status and what it wrote.
+fn run(image: &Image, spec: &Value) -> (i32, String) {
+    let spec = parsed(spec);
+    let (mut reader, writer) = pipe();
+    let mut plan = plan(&spec, image.root(), Program::Specified);
+    plan.stdio.stderr = Some(writer.try_clone().unwrap());
+    plan.stdio.stdout = Some(writer);
+    let child = launch(plan).unwrap();
+    if let Err(e) = go(&child) {
+        wait(child.pid);
+        return (-1, e);
+    }
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    (wait(child.pid), text)
+}
+
+fn status_is_told() {
+    let image = Image::new();
+    assert_eq!(run(&image, &spec("echo out; exit 7")), (7, "out\n".into()));
+    let spec = parsed(&spec("sleep 100"));
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    go(&child).unwrap();
+    kill(child.pid, libc::SIGKILL);
+    assert_eq!(wait(child.pid), 128 + 9);
+}
+
+fn sees_itself_alone() {
+    let image = Image::new();
+    let (status, text) = run(
+        &image,
+        &spec(
+            "echo pid $$; hostname; ls /proc | grep -c '^[0-9]*$' || true; ls /sys/class/net; ls /; readlink /proc/self/ns/net",
+        ),
+    );
+    assert_eq!(status, 0, "{text}");
+    assert!(text.starts_with("pid 1\ninside\n"), "{text}");
+    assert!(text.contains("\nlo\n"), "{text}");
+    assert!(!text.contains("eth"), "{text}");
+    let ours = fs::read_link("/proc/self/ns/net").unwrap();
+    assert!(!text.contains(&*ours.to_string_lossy()), "{text}");
+}
+
+fn user_without_privileges() {
+    let image = Image::new();
+    let mut wanted = spec(
+        "id -u; id -g; id -G; grep -E '^(Cap|NoNewPrivs)' /proc/self/status; touch /etc/x 2>&1; ulimit -n",
+    );
+    wanted["process"]["user"] = json!({"uid": 1234, "gid": 2345, "additionalGids": [3456]});
+    wanted["process"]["capabilities"] = json!({});
+    wanted["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 99}]);
+    let (_, text) = run(&image, &wanted);
+    assert!(text.starts_with("1234\n2345\n2345 3456\n"), "{text}");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert!(
+            text.contains(&format!("{set}:\t0000000000000000")),
+            "{text}"
+        );
+    }
+    assert!(text.contains("NoNewPrivs:\t1"), "{text}");
+    assert!(text.contains("Permission denied"), "{text}");
+    assert!(text.ends_with("77\n"), "{text}");
+}
+
+fn paths_are_masked() {
+    let image = Image::new();
+    let mut wanted = spec(
+        "cat /proc/keys | wc -c; ls /sys/firmware | wc -l; echo 1 2>&1 >/proc/sys/kernel/domainname; touch /x 2>&1; ls /nosuch 2>&1; true",
+    );
+    wanted["linux"]["maskedPaths"] =
+        json!(["/proc/keys", "/sys/firmware", "/proc/of-another-kernel"]);
+    wanted["linux"]["readonlyPaths"] = json!(["/proc/sys"]);
+    wanted["root"]["readonly"] = json!(true);
+    let (status, text) = run(&image, &wanted);
+    assert_eq!(status, 0, "{text}");
+    assert!(text.starts_with("0\n0\n"), "{text}");
+    assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
+}
+
+fn links_stay_inside() {
+    let image = Image::new();
+    let outside = tempfile::tempdir().unwrap();
+    let target = image.0.path().join("trap");
+    std::os::unix::fs::symlink(outside.path(), &target).unwrap();
+    let source = tempfile::tempdir().unwrap();
+    fs::write(source.path().join("seen"), "").unwrap();
+    let mut wanted = spec("ls /trap/sub");
+    wanted["mounts"].as_array_mut().unwrap().push(json!({"destination": "/trap/sub", "type": "bind", "source": source.path(), "options": ["rbind", "ro"]}));
+    let (status, text) = run(&image, &wanted);
+    assert_eq!((status, text.as_str()), (0, "seen\n"));
+    assert_eq!(
+        fs::read_dir(outside.path()).unwrap().count(),
+        0,
+        "a directory was made outside of the root"
+    );
+    assert!(
+        !fs::read_to_string("/proc/self/mounts")
+            .unwrap()
+            .contains(&*outside.path().to_string_lossy())
+    );
+}
+
+fn profile_forbids() {
+    let image = Image::new();
+    let mut wanted = spec("touch /tmp/a && mount -t tmpfs x /tmp 2>&1; chmod 700 /tmp 2>&1");
+    wanted["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [{"names": ["chmod", "fchmodat", "fchmodat2"], "action": "SCMP_ACT_ERRNO", "errnoRet": 71}]});
+    std::os::unix::fs::symlink("busybox", image.0.path().join("bin/chmod")).unwrap();
+    let (status, text) = run(&image, &wanted);
+    assert_eq!(status, 1, "{text}");
+    assert!(
+        text.contains("Protocol error"),
+        "error number 71 is not told: {text}"
+    );
+}
+
+fn missing_program() {
+    let image = Image::new();
+    let mut wanted = spec("");
+    wanted["process"]["args"] = json!(["nosuch"]);
+    let (status, text) = run(&image, &wanted);
+    assert_eq!(status, -1);
+    assert_eq!(text, "exec: \"nosuch\": executable file not found in $PATH");
+    wanted["process"]["args"] = json!([]);
+    let spec = parsed(&wanted);
+    let e = launch(plan(&spec, image.root(), Program::Specified)).unwrap_err();
+    assert!(e.to_string().contains("process.args"), "{e}");
+}
+
+/// A cgroup of its own for a test, removed at the end.
+struct TestCgroup(Cgroup);
+
+impl TestCgroup {
+    fn new(name: &str, pid: i32, resources: &Value) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let location =
+            Location::parse(&format!("/sock-test-{}/{name}", std::process::id())).unwrap();
+        let resources = serde_json::from_value(resources.clone()).unwrap();
+        Self(
+            runtime
+                .block_on(Cgroup::create(
+                    &Hierarchies::detect().unwrap(),
+                    &location,
+                    pid,
+                    Some(&resources),
+                ))
+                .unwrap(),
+        )
+    }
+}
+
+impl Drop for TestCgroup {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let end = Instant::now() + Duration::from_secs(5);
+        while self.0.remove().is_err() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let parent = Cgroup::at(
+            &Hierarchies::detect().unwrap(),
+            &Location::parse(&format!("/sock-test-{}", std::process::id())).unwrap(),
+        );
+        let _ = parent.remove();
+    }
+}
+
+fn exec_joins() {
+    let image = Image::new();
+    let spec = parsed(&spec("sleep 100"));
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    let cgroup = TestCgroup::new("exec", child.pid, &json!({}));
+    go(&child).unwrap();
+    let process = serde_json::from_value(json!({"cwd": "/tmp", "args": ["sh", "-c", "pwd; hostname; cat /proc/1/cmdline; cat >&2; exit 3"], "env": ["PATH=/bin"], "user": {"uid": 5, "gid": 5}})).unwrap();
+    let (mut reader, writer) = pipe();
+    let (input, input_writer) = pipe();
+    rustix::io::write(&input_writer, b"typed").unwrap();
+    drop(input_writer);
+    let other = exec(ExecPlan {
+        target: child.pid,
+        process: &process,
+        seccomp: None,
+        stdio: Stdio {
+            stdin: Some(input.into()),
+            stdout: Some(writer.try_clone().unwrap()),
+            stderr: Some(writer),
+        },
+        extra: Vec::new(),
+        entrances: cgroup.0.entrances().unwrap(),
+    })
+    .unwrap();
+    go(&other).unwrap();
+    assert!(cgroup.0.processes().unwrap().contains(&child.pid));
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(
+        text.replace('\0', " "),
+        "/tmp\ninside\nsleep 100 typed",
+        "an exec sees the container"
+    );
+    assert_eq!(wait(other.pid), 3);
+    kill(child.pid, libc::SIGKILL);
+    assert_eq!(wait(child.pid), 137);
+}
+
+fn terminal() {
+    let image = Image::new();
+    let mut wanted = spec("tty; stat -c %u $(tty); exit 4");
+    wanted["process"]["terminal"] = json!(true);
+    wanted["process"]["user"] = json!({"uid": 42, "gid": 42});
+    let spec = parsed(&wanted);
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    let master = go(&child).unwrap().expect("no terminal was passed");
+    let mut text = Vec::new();
+    let mut buffer = [0; 256];
+    while let Ok(n) = rustix::io::read(&master, &mut buffer) {
+        text.extend_from_slice(&buffer[..n]);
+    }
+    assert_eq!(String::from_utf8_lossy(&text), "/dev/pts/0\r\n42\r\n");
+    assert_eq!(wait(child.pid), 4);
+}
+
+fn cgroup() {
+    let image = Image::new();
+    let spec = parsed(&spec("while :; do :; done"));
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    let cgroup = TestCgroup::new(
+        "limits",
+        child.pid,
+        &json!({"memory": {"limit": 32 << 20}, "cpu": {"shares": 512}, "pids": {"limit": 10}}),
+    );
+    go(&child).unwrap();
+    let memory = cgroup.0.controller("memory").unwrap();
+    let file = if cgroup.0.unified() {
+        "memory.max"
+    } else {
+        "memory.limit_in_bytes"
+    };
+    assert_eq!(
+        fs::read_to_string(memory.join(file)).unwrap().trim(),
+        (32 << 20).to_string()
+    );
+    let ticks = || {
+        fs::read_to_string(format!("/proc/{}/stat", child.pid))
+            .unwrap()
+            .rsplit(')')
+            .next()
+            .unwrap()
+            .split_whitespace()
+            .nth(11)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    cgroup.0.freeze().unwrap();
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(60));
+    assert_eq!(ticks(), before, "a frozen process ran");
+    cgroup.0.thaw().unwrap();
+    let end = Instant::now() + Duration::from_secs(10);
+    while ticks() == before {
+        assert!(Instant::now() < end, "a thawed process does not run");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    cgroup.0.freeze().unwrap();
+    cgroup.0.kill().unwrap();
+    assert_eq!(wait(child.pid), 137, "a frozen process is killed");
+    let directory = memory.to_path_buf();
+    drop(cgroup);
+    assert!(!directory.exists(), "the cgroup is left");
+}
+
+fn holder() {
+    let mut wanted = spec("");
+    wanted["process"]["user"] = json!({"uid": 65535, "gid": 65535});
+    wanted["process"]["capabilities"] = json!({});
+    let spec = parsed(&wanted);
+    let child = launch(plan(&spec, Root::Empty, Program::Holder(HolderKind::Pod))).unwrap();
+    go(&child).unwrap();
+    let proc = PathBuf::from(format!("/proc/{}", child.pid));
+    assert!(
+        fs::read_link(proc.join("exe"))
+            .unwrap()
+            .to_string_lossy()
+            .starts_with("/memfd:sock-holder")
+    );
+    assert_eq!(
+        fs::read_dir(proc.join("root")).unwrap().count(),
+        0,
+        "its root is not empty"
+    );
+    assert_eq!(
+        fs::read_dir(proc.join("fd")).unwrap().count(),
+        0,
+        "it holds descriptors"
+    );
+    assert_ne!(
+        fs::read_link(proc.join("ns/pid")).unwrap(),
+        fs::read_link("/proc/self/ns/pid").unwrap()
+    );
+    let status = fs::read_to_string(proc.join("status")).unwrap();
+    assert!(
+        status.contains("CapEff:\t0000000000000000") && status.contains("Uid:\t65535"),
+        "{status}"
+    );
+    let rss: u64 = status
+        .lines()
+        .find_map(|l| l.strip_prefix("VmRSS:"))
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    assert!(rss <= 64, "a holder of {rss} kB");
+    // What is written to its file would reach every pod.
+    let exe = fs::OpenOptions::new().write(true).open(proc.join("exe"));
+    assert!(exe.is_err() || exe.unwrap().set_len(0).is_err());
+    kill(child.pid, libc::SIGTERM);
+    assert_eq!(wait(child.pid), 0);
+}
+
+fn holder_of_descendants() {
+    let spec = parsed(&spec(""));
+    let child = launch(plan(
+        &spec,
+        Root::Empty,
+        Program::Holder(HolderKind::Descendants),
+    ))
+    .unwrap();
+    go(&child).unwrap();
+    // A process whose parent ends becomes the holder's.
+    let image = Image::new();
+    let mut inner = self::spec("sleep 0.4 >/dev/null 2>&1 & exit 0");
+    inner["linux"]["namespaces"] = json!([{"type": "pid", "path": format!("/proc/{}/ns/pid", child.pid)}, {"type": "mount"}, {"type": "network"}]);
+    let (status, text) = run(&image, &inner);
+    assert_eq!(status, 0, "{text}");
+    kill(child.pid, libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(100));
+    let mut status = 0;
+    // SAFETY: asks after a child of this process.
+    assert_eq!(
+        unsafe { libc::waitpid(child.pid, &raw mut status, libc::WNOHANG) },
+        0,
+        "it did not wait for its descendant"
+    );
+    assert_eq!(wait(child.pid), 0);
+}
+
+fn locked_flags() {
+    let user = 1_234_567;
+    let mut held = spec("");
+    held["process"]["user"] = json!({"uid": user, "gid": user});
+    held["process"]["capabilities"] = json!({});
+    held["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
+    let held = parsed(&held);
+    let mut holder_plan = plan(&held, Root::Empty, Program::Holder(HolderKind::Pod));
+    holder_plan.mapping = Some(UserMapping {
+        uid: user,
+        gid: user,
+    });
+    let holder = launch(holder_plan).unwrap();
+    go(&holder).unwrap();
+
+    let image = Image::new();
+    let packages = tempfile::tempdir().unwrap();
+    fs::set_permissions(
+        packages.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o777),
+    )
+    .unwrap();
+    let all = json!(["CAP_SYS_ADMIN", "CAP_SYS_CHROOT"]);
+    let mut wanted = spec(
+        "id -u; grep CapEff /proc/self/status; touch /data/before 2>&1; mount -o remount,rw,bind /data 2>&1; touch /data/after 2>&1; mount -t tmpfs mine /tmp && echo own mounts are its own",
+    );
+    wanted["process"]["user"] = json!({"uid": user, "gid": user});
+    wanted["process"]["capabilities"] = json!({"bounding": all, "effective": all, "permitted": all, "inheritable": all, "ambient": all});
+    wanted["mounts"].as_array_mut().unwrap().push(json!({"destination": "/data", "type": "bind", "source": packages.path(), "options": ["bind", "ro", "nosuid", "nodev"]}));
+    let join = |kind: &str, file: &str| json!({"type": kind, "path": format!("/proc/{}/ns/{file}", holder.pid)});
+    wanted["linux"]["namespaces"] = json!([join("user", "user"), join("pid", "pid"), join("network", "net"), join("ipc", "ipc"), join("uts", "uts"), {"type": "mount"}]);
+    let (_, text) = run(&image, &wanted);
+    assert!(
+        text.starts_with(&format!("{user}\nCapEff:\t0000000000240000\n")),
+        "{text}"
+    );
+    assert_eq!(
+        text.matches("Read-only file system").count(),
+        2,
+        "it wrote to a read-only mount: {text}"
+    );
+    assert!(
+        text.contains("permission denied")
+            || text.contains("Operation not permitted")
+            || text.contains("Permission denied"),
+        "it lifted a locked flag: {text}"
+    );
+    assert!(
+        text.contains("own mounts are its own"),
+        "it has no capability where it should: {text}"
+    );
+    assert_eq!(fs::read_dir(packages.path()).unwrap().count(), 0);
+    kill(holder.pid, libc::SIGKILL);
+    wait(holder.pid);
+}
+
+fn abandoned() {
+    let image = Image::new();
+    let spec = parsed(&spec("echo must not run >/data/ran"));
+    let root = Root::Mounts {
+        target: image.0.path().into(),
+        mounts: vec![RootMount {
+            kind: "bind".into(),
+            source: image.0.path().to_string_lossy().into(),
+            options: vec!["rbind".into(), "rw".into()],
+        }],
+    };
+    let child = launch(plan(&spec, root, Program::Specified)).unwrap();
+    child.proceed().unwrap();
+    assert!(matches!(
+        child.wait_progress().unwrap(),
+        Progress::Created(None)
+    ));
+    let pid = child.pid;
+    let mut ready = [rustix::event::PollFd::new(
+        &child.pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    assert_eq!(
+        rustix::event::poll(
+            &mut ready,
+            Some(&rustix::event::Timespec {
+                tv_sec: 0,
+                tv_nsec: 0
+            })
+        )
+        .unwrap(),
+        0
+    );
+    let _ = child.channel().as_fd();
+    drop(child);
+    assert_eq!(wait(pid), 1);
+    assert!(!image.0.path().join("data/ran").exists());
+}
