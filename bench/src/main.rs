@@ -1,2 +1,71 @@
-//! .
-fn main() {}
+//! Benchmarks of sock on a kind cluster, side by side with ordinary pods on runc.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod cluster;
+mod http;
+mod node;
+mod objects;
+mod peers;
+mod progress;
+mod run;
+mod stats;
+mod table;
+mod trace;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "usage:
+  sock-bench run [--requests N] [--rounds N] [--out FILE] [--keep]   the figures, as a table and as JSON
+  sock-bench node JOB                                   a part of it, run on a node";
+
+fn main() -> ExitCode {
+    match command(std::env::args().skip(1)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
+    match arguments.next().as_deref() {
+        Some("run") => run::run(&options(arguments)?),
+        Some("node") => node::run(&arguments.next().context(USAGE)?),
+        _ => bail!(USAGE),
+    }
+}
+
+fn options(mut arguments: impl Iterator<Item = String>) -> Result<run::Options> {
+    let mut options = run::Options {
+        requests: 300,
+        rounds: 15,
+        out: "target/bench.json".into(),
+        keep: false,
+    };
+    while let Some(option) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .with_context(|| format!("{option} needs a value"))
+        };
+        match &*option {
+            "--requests" => options.requests = count(&option, &value()?)?,
+            "--rounds" => options.rounds = count(&option, &value()?)?,
+            "--out" => options.out = value()?.into(),
+            "--keep" => options.keep = true,
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn count(option: &str, value: &str) -> Result<usize> {
+    match value.parse() {
+        Ok(count @ 1..) => Ok(count),
+        _ => bail!("{option} {value}: a number from 1 on"),
+    }
+}
