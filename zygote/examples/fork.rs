@@ -7,6 +7,11 @@
 //! Needs root and `make extension`, no Kubernetes. A handler file defines `handler(event, context)`.
 
 #![allow(clippy::unwrap_used, reason = "a tool for developers")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "an index into a table of times"
+)]
 
 #[path = "../tests/support/mod.rs"]
 mod support;

@@ -6,6 +6,10 @@
     clippy::unwrap_used,
     reason = "support of tests: a failure here is theirs"
 )]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "numbers of system calls, all small"
+)]
 #![allow(missing_docs)]
 
 use std::ffi::CString;
