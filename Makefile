@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help build payload extension images cluster install lint unit e2e test clean distclean
+.PHONY: help build payload extension images cluster install lint unit guest e2e test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,10 +32,13 @@ lint: ## all checks that run nothing
 unit: ## unit tests and, as root, the integration tests that need no cluster
 	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension --exclude sock-bench
 
+guest: ## the sandbox's integration tests in a guest with cgroup v2
+	e2e/guest/test
+
 e2e: install ## end-to-end tests on the cluster
 	cargo test --locked -p sock-e2e
 
-test: lint unit e2e ## the whole suite
+test: lint unit guest e2e ## the whole suite
 
 clean: ## the cluster and all that it changed on this machine; PURGE=1 drops the caches too
 	e2e/cluster/down $(if $(PURGE),--purge)
