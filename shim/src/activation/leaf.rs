@@ -52,15 +52,6 @@ pub(super) enum LeafError {
 }
 
 impl LeafError {
-    /// Whether the next fork would go the same way.
-    fn is_the_zygotes(&self) -> bool {
-        match self {
-            LeafError::Late { .. } => true,
-            LeafError::Fork(ForkError::Zygote(error)) => error.is_closed(),
-            _ => false,
-        }
-    }
-
     /// What the author of a Function can mend, or whoever runs the cluster must know.
     pub(super) fn line(&self) -> String {
         match self {
@@ -259,7 +250,7 @@ async fn enter(
                     error = error.line(),
                     "no leaf by fork: a plain interpreter is started"
                 );
-                if error.is_the_zygotes() {
+                if matches!(error, LeafError::Late { .. }) {
                     zygote.give_up();
                 }
             }

@@ -1,10 +1,11 @@
 //! Where leaves come from: a zygote if one is there, the container's own interpreter if not.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 use sock_zygote::protocol::LeafSetup;
 use sock_zygote::{
@@ -12,6 +13,7 @@ use sock_zygote::{
 };
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use super::cgroups::LeafCgroup;
 
@@ -41,7 +43,7 @@ pub trait Zygote {
     fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>>;
     /// Makes the sockets that a leaf asks for on its seccomp listener, until the leaf is gone.
     fn serve_sockets(&self, listener: OwnedFd) -> Local<'static, ()>;
-    /// No further leaf is to be asked of it.
+    /// It does not answer: no further leaf is asked of it for a while.
     fn give_up(&self);
 }
 
@@ -82,14 +84,23 @@ pub struct Pools {
     pod: Rc<Pod>,
     /// Held while one is looked for, so that several forks at once prepare one root.
     attached: Mutex<Option<Rc<Attached>>>,
+    /// The one given up last: its broker may go on as if nothing were amiss.
+    given_up: GivenUp,
 }
+
+type GivenUp = Rc<RefCell<Option<(PathBuf, Instant)>>>;
+
+/// A zygote that was given up is not tried again before this.
+const GIVEN_UP_FOR: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct Attached {
     attachment: Rc<Attachment>,
     root: FunctionRoot,
     pod: Rc<Pod>,
-    listening: RefCell<Option<AbortHandle>>,
+    listening: AbortHandle,
+    abandoned: Cell<bool>,
+    given_up: GivenUp,
 }
 
 impl Pools {
@@ -117,6 +128,7 @@ impl Pools {
             directory,
             pod,
             attached: Mutex::new(None),
+            given_up: GivenUp::default(),
         })
     }
 
@@ -133,6 +145,14 @@ impl Pools {
                 return None;
             }
         };
+        if self
+            .given_up
+            .borrow()
+            .as_ref()
+            .is_some_and(|(path, when)| *path == found.path && when.elapsed() < GIVEN_UP_FOR)
+        {
+            return None;
+        }
         if (found.uid, found.gid) != self.pod.user {
             tracing::warn!(
                 path = %found.path.display(), zygote = found.uid, function = self.pod.user.0,
@@ -142,7 +162,12 @@ impl Pools {
         }
         match FunctionRoot::prepare(self.pod.mounts.as_fd(), found.user_namespace.as_fd()) {
             Ok(root) => {
-                let zygote = Rc::new(Attached::new(found, root, Rc::clone(&self.pod)));
+                let zygote = Rc::new(Attached::new(
+                    found,
+                    root,
+                    Rc::clone(&self.pod),
+                    Rc::clone(&self.given_up),
+                ));
                 *attached = Some(Rc::clone(&zygote));
                 Some(zygote)
             }
@@ -161,7 +186,12 @@ impl Zygotes for Pools {
 }
 
 impl Attached {
-    fn new(attachment: Attachment, root: FunctionRoot, pod: Rc<Pod>) -> Attached {
+    fn new(
+        attachment: Attachment,
+        root: FunctionRoot,
+        pod: Rc<Pod>,
+        given_up: GivenUp,
+    ) -> Attached {
         let attachment = Rc::new(attachment);
         let watched = Rc::clone(&attachment);
         // Reads the zygote's answers beside the forks, and learns of its end while there are none.
@@ -173,21 +203,20 @@ impl Attached {
             attachment,
             root,
             pod,
-            listening: RefCell::new(Some(listening.abort_handle())),
+            listening: listening.abort_handle(),
+            abandoned: Cell::new(false),
+            given_up,
         }
     }
 
     fn is_alive(&self) -> bool {
-        self.listening
-            .borrow()
-            .as_ref()
-            .is_some_and(|task| !task.is_finished())
+        !self.abandoned.get() && !self.listening.is_finished()
     }
 }
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        self.give_up();
+        self.listening.abort();
     }
 }
 
@@ -226,8 +255,8 @@ impl Zygote for Attached {
     }
 
     fn give_up(&self) {
-        if let Some(task) = self.listening.borrow_mut().take() {
-            task.abort();
-        }
+        self.abandoned.set(true);
+        self.given_up
+            .replace(Some((self.attachment.path.clone(), Instant::now())));
     }
 }
