@@ -184,17 +184,17 @@ impl Node {
         Ok(processes)
     }
 
-    /// The zygote of a pool: the interpreter that its shim's container runs, not one that was forked from it.
+    /// The zygote of a pool. What it forks lives one PID namespace deeper.
     ///
     /// # Errors
     /// The pool has none now.
     pub fn zygote_of(&self, pool: &Value) -> Result<Process> {
-        let interpreters = self.interpreters_of(pool)?;
-        let pids: Vec<String> = interpreters.iter().map(|one| one.pid.to_string()).collect();
-        let found = interpreters.into_iter().find(|one| {
-            one.status("PPid")
-                .is_ok_and(|parent| !pids.iter().any(|pid| pid == parent))
+        let mut interpreters = self.interpreters_of(pool)?;
+        interpreters.retain(|one| {
+            one.status("NSpid")
+                .is_ok_and(|numbers| numbers.split_whitespace().count() == 2)
         });
+        let found = interpreters.into_iter().next();
         found.context("a zygote in the pool's pod")
     }
 

@@ -228,6 +228,11 @@ fn a_leaf_has_no_capability_and_only_its_pods_files_cgroup_and_processes() {
             bail!("one leaf was expected: {leaves:#?}");
         };
         ensure!(leaf.capabilities()? == 0, "{leaf:#?}");
+        let left = served.node.interpreters_of(&served.pool)?;
+        ensure!(
+            left.iter().all(|process| process.pid != leaf.pid),
+            "in one hierarchy the leaf is in the cgroup of the zygote's pod: {leaf:#?}"
+        );
         ensure!(
             leaf.pid_namespace != zygote.pid_namespace
                 && leaf.mount_namespace != zygote.mount_namespace
@@ -316,7 +321,7 @@ fn no_read_only_mount_is_lifted_from_inside_the_namespaces_of_zygote_and_leaf() 
             let pid = process.pid.to_string();
             // Whoever enters a user namespace from above has all capabilities over it: more than the zygote itself.
             let said = served.node.shell(
-                r#"exec nsenter --target "$1" --user --mount --root --setuid "$2" --setgid "$2" python3 -I -c "$3""#,
+                r#"exec nsenter --target "$1" --user --mount --pid --root --setuid "$2" --setgid "$2" python3 -I -c "$3""#,
                 &[&pid, &user, ATTACK],
             )?;
             let found: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
@@ -380,7 +385,10 @@ def handler(event, context):
         let (found, _) = scan(leaf.pid)?;
         ensure!(found > 0, "the scanner finds the secret where it is");
         // The zygote, and the spares that were forked from it.
-        for process in served.node.interpreters_of(&served.pool)? {
+        let mut others = served.node.interpreters_of(&served.pool)?;
+        others.retain(|process| leaves.iter().all(|leaf| leaf.pid != process.pid));
+        ensure!(!others.is_empty(), "no zygote was found");
+        for process in others {
             let (found, read) = scan(process.pid)?;
             ensure!(
                 read > 1 << 20,
