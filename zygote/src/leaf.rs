@@ -20,7 +20,8 @@ pub struct SetupFds<'a> {
     pub root: Option<BorrowedFd<'a>>,
     /// From [`crate::FunctionRoot::network`].
     pub network: Option<BorrowedFd<'a>>,
-    /// `cgroup.procs` of the leaf's cgroup, opened for writing, in every hierarchy.
+    /// The leaf's cgroup in every hierarchy: `cgroup.procs` (version 2) or `tasks` (version 1), opened
+    /// for writing. See [`FdRole::Cgroup`] for why not `cgroup.procs` on version 1.
     pub cgroups: Vec<BorrowedFd<'a>>,
     /// Becomes standard output.
     pub stdout: Option<BorrowedFd<'a>>,

@@ -352,21 +352,25 @@ unsafe fn keep_three_capabilities() {
     }
 }
 
-/// A cgroup of the unified hierarchy, wherever that is mounted.
+/// A cgroup: of version 1's freezer where that is mounted, else of the unified hierarchy.
 pub struct Cgroup(pub PathBuf);
 
 impl Cgroup {
     pub fn new() -> Cgroup {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mount = mounts
-            .lines()
-            .find_map(|line| {
-                let mut fields = line.split(' ').skip(1);
-                let (path, kind) = (fields.next()?, fields.next()?);
-                (kind == "cgroup2").then(|| path.to_owned())
-            })
-            .expect("a mounted cgroup2 hierarchy");
+        let find = |wanted: &dyn Fn(&[&str]) -> bool| {
+            let fields = mounts
+                .lines()
+                .map(|line| line.split(' ').collect::<Vec<_>>());
+            fields
+                .into_iter()
+                .find(|f| f.len() > 3 && wanted(f))
+                .map(|f| f[1].to_owned())
+        };
+        let mount = find(&|f| f[2] == "cgroup" && f[3].split(',').any(|o| o == "freezer"))
+            .or_else(|| find(&|f| f[2] == "cgroup2"))
+            .expect("a mounted cgroup hierarchy");
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let path = Path::new(&mount).join(format!("sock-test-{}-{number}", std::process::id()));
         fs::create_dir(&path).unwrap();
@@ -374,11 +378,13 @@ impl Cgroup {
     }
 
     pub fn procs(&self) -> OwnedFd {
-        File::options()
-            .write(true)
-            .open(self.0.join("cgroup.procs"))
-            .unwrap()
-            .into()
+        let tasks = self.0.join("tasks");
+        let path = if tasks.exists() {
+            tasks
+        } else {
+            self.0.join("cgroup.procs")
+        };
+        File::options().write(true).open(path).unwrap().into()
     }
 
     pub fn members(&self) -> Vec<i32> {
