@@ -121,6 +121,8 @@ fn container_failure(status: &ContainerStatus) -> Option<String> {
         // Its own message only says that kubelet waits.
         Some(("CrashLoopBackOff", _)) => ended(&status.last_state),
         Some(("ContainerCreating" | "PodInitializing" | "", _)) => None,
+        // The line speaks for itself, and is the same as that of the state that follows.
+        Some(("RunContainerError", Some(message))) => Some(line(message)),
         Some((reason, message)) => Some(format!(
             "{reason}: {}",
             message.map(line).unwrap_or_default()

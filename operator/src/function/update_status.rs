@@ -192,9 +192,10 @@ fn ready(
     if let Some(failure) = failures.first() {
         return Finding::no(TYPE, "StartFailed", failure.message.clone());
     }
-    Finding::no(
-        TYPE,
-        "WaitingForPods",
-        format!("{ready} of {wanted} pods serve"),
-    )
+    let message = if ready < wanted {
+        format!("{ready} of {wanted} pods serve")
+    } else {
+        format!("{ready} pods serve, {updated} of them in their present form")
+    };
+    Finding::no(TYPE, "WaitingForPods", message)
 }
