@@ -29,14 +29,18 @@ install: images cluster ## sock on the cluster, with the wheel index of the test
 lint: ## all checks that run nothing
 	.ci/lint
 
-unit: ## unit tests and, as root, the integration tests that need no cluster
-	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension --exclude sock-bench
+unit: payload ## unit tests and, as root, the integration tests that need no cluster
+	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension
 
 guest: ## the sandbox's integration tests in a guest with cgroup v2
 	e2e/guest/test
 
+# Tests on the cluster wait more than they compute, but more at once only make each other late.
+# What is left on the nodes is counted last, when all others are over.
 e2e: install ## end-to-end tests on the cluster
-	cargo test --locked -p sock-e2e
+	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
+	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test failures && \
+	cargo test --locked -p sock-e2e --test deletion
 
 test: lint unit guest e2e ## the whole suite
 

@@ -69,12 +69,19 @@ def handler(event, context):
 "#;
 
 /// Tries, from inside of other namespaces and with every capability over them, to make writable what is not.
+/// It enters the user namespace (descriptor 3) itself: a program that is executed there afterwards has none.
 const ATTACK: &str = r#"
 import ctypes
 import json
 import os
+import sys
 
 libc = ctypes.CDLL(None, use_errno=True)
+user = int(sys.argv[1])
+if libc.setns(3, 0x10000000) != 0:
+    raise OSError(ctypes.get_errno(), "setns")
+os.setresgid(user, user, user)
+os.setresuid(user, user, user)
 MS_REMOUNT_BIND, MOUNT_ATTR_RDONLY, AT_FDCWD, MOUNT_SETATTR = 32 | 4096, 1, -100, 442
 
 
@@ -100,7 +107,7 @@ for path in before:
     if libc.umount2(name, 2) == 0:
         lifted.append(["umount", path])
 written = []
-for path in before:
+for path in [*before, "/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/sys/vm/drop_caches"]:
     target = os.path.join(path, "owned") if os.path.isdir(path) else path
     try:
         os.close(os.open(target, os.O_WRONLY | (os.O_CREAT if os.path.isdir(path) else 0)))
@@ -321,7 +328,7 @@ fn no_read_only_mount_is_lifted_from_inside_the_namespaces_of_zygote_and_leaf() 
             let pid = process.pid.to_string();
             // Whoever enters a user namespace from above has all capabilities over it: more than the zygote itself.
             let said = served.node.shell(
-                r#"exec nsenter --target "$1" --user --mount --pid --root --setuid "$2" --setgid "$2" python3 -I -c "$3""#,
+                r#"exec nsenter --target "$1" --mount --pid --root python3 -I -c "$3" "$2" 3<"/proc/$1/ns/user""#,
                 &[&pid, &user, ATTACK],
             )?;
             let found: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
@@ -334,10 +341,15 @@ fn no_read_only_mount_is_lifted_from_inside_the_namespaces_of_zygote_and_leaf() 
                 mounts.iter().any(|path| path == "/opt/sock/site-packages"),
                 "{who}: the node cache is among the read-only mounts: {found}"
             );
-            ensure!(
-                found["lifted"] == json!([]) && found["written"] == json!([]),
-                "{who}: {found}"
-            );
+            ensure!(found["written"] == json!([]), "{who}: {found}");
+            // Masks over files of the kernel, which a leaf puts there itself: below are the files of a user that is
+            // not mapped, and `written` tried them.
+            let lifted = found["lifted"].as_array().context("a list")?;
+            let of_the_root = lifted.iter().filter(|lifted| {
+                let path = lifted[1].as_str().unwrap_or_default();
+                !path.starts_with("/proc/") && path != "/sys/firmware"
+            });
+            ensure!(of_the_root.count() == 0, "{who}: {found}");
         }
         Ok(())
     });
