@@ -450,14 +450,9 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
     unsafe { libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0) };
     let groups: Vec<libc::gid_t> = user.additional_gids().clone().unwrap_or_default();
     // A user namespace that maps one group takes that group alone.
-    // SAFETY: a slice with its length.
-    if unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) } != 0 {
-        let error = std::io::Error::last_os_error();
-        // SAFETY: as above; empty.
-        if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM))
-            || unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) }
-                != 0
-        {
+    if let Err(error) = set_groups(&groups) {
+        let unmapped = matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM));
+        if !unmapped || set_groups(&[]).is_err() {
             return Err(error).step("set groups", format!("{groups:?}"));
         }
     }
@@ -487,6 +482,15 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
         }
     }
     Ok(())
+}
+
+fn set_groups(groups: &[libc::gid_t]) -> std::io::Result<()> {
+    // SAFETY: a slice with its length. The raw call, as below.
+    if unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) } == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
 }
 
 fn apply_label(path: &str, label: &str) -> Result<()> {

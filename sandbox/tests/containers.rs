@@ -523,11 +523,8 @@ fn holder_of_descendants() {
     std::thread::sleep(Duration::from_millis(100));
     let mut status = 0;
     // SAFETY: asks after a child of this process.
-    assert_eq!(
-        unsafe { libc::waitpid(child.pid, &raw mut status, libc::WNOHANG) },
-        0,
-        "it did not wait for its descendant"
-    );
+    let ended = unsafe { libc::waitpid(child.pid, &raw mut status, libc::WNOHANG) };
+    assert_eq!(ended, 0, "it did not wait for its descendant");
     assert_eq!(wait(child.pid), 0);
 }
 

@@ -41,7 +41,12 @@ impl Container {
             .linux()
             .as_ref()
             .and_then(|l| l.namespaces().as_ref())
-            .is_some_and(|list| list.iter().any(|n| n.typ() == LinuxNamespaceType::Pid && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())))
+            .is_some_and(|list| {
+                list.iter().any(|n| {
+                    n.typ() == LinuxNamespaceType::Pid
+                        && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())
+                })
+            })
     }
 
     /// What the role does after the end of the first process, before anybody is told.

@@ -33,7 +33,11 @@ impl Events {
     /// Sends to containerd's ttrpc socket at `address`.
     #[must_use]
     pub fn new(address: String, namespace: String) -> Self {
-        let queue = Rc::new(Queue { waiting: RefCell::default(), filled: Notify::new(), emptied: Notify::new() });
+        let queue = Rc::new(Queue {
+            waiting: RefCell::default(),
+            filled: Notify::new(),
+            emptied: Notify::new(),
+        });
         tokio::task::spawn_local(send(queue.clone(), address));
         Self { namespace, queue }
     }
@@ -77,7 +81,11 @@ async fn send(queue: Rc<Queue>, address: String) {
             continue;
         };
         if client.is_none() {
-            let target = if address.contains("://") { address.clone() } else { format!("unix://{address}") };
+            let target = if address.contains("://") {
+                address.clone()
+            } else {
+                format!("unix://{address}")
+            };
             match Client::connect(&target).await {
                 Ok(c) => client = Some(EventsClient::new(c)),
                 Err(e) => {
@@ -90,7 +98,10 @@ async fn send(queue: Rc<Queue>, address: String) {
         let mut request = ForwardRequest::new();
         request.set_envelope(envelope);
         let Some(connected) = &client else { continue };
-        let context = containerd_shim::Context { timeout_nano: 5_000_000_000, ..Default::default() };
+        let context = containerd_shim::Context {
+            timeout_nano: 5_000_000_000,
+            ..Default::default()
+        };
         match connected.forward(context, &request).await {
             Ok(_) => {
                 queue.waiting.borrow_mut().pop_front();

@@ -13,6 +13,7 @@ fn main() {
         eprintln!("containerd-shim-sock-v1: cannot run from a read-only mount: {e}");
         std::process::exit(1);
     }
+    room_for_connections();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // The process must have one thread when it forks or changes namespaces: a thread that a library asks for
@@ -26,9 +27,35 @@ fn main() {
             std::process::exit(1);
         }
     };
-    let config = Config { no_setup_logger: true, no_reaper: true, ..Config::default() };
+    let config = Config {
+        no_setup_logger: true,
+        no_reaper: true,
+        ..Config::default()
+    };
     let local = tokio::task::LocalSet::new();
-    local.block_on(&runtime, containerd_shim::asynchronous::run::<Service>("io.containerd.sock.v1", Some(config)));
+    local.block_on(
+        &runtime,
+        containerd_shim::asynchronous::run::<Service>("io.containerd.sock.v1", Some(config)),
+    );
     // Tasks that still wait for what will not come do not hold the process.
     runtime.shutdown_background();
+}
+
+/// A Function's pod holds a descriptor of every connection, parked ones too. Containers without limits of their own inherit
+/// this, so it is not more than is needed.
+fn room_for_connections() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const ENOUGH: u64 = 16 * 1024;
+    let now = getrlimit(Resource::Nofile);
+    if now.current.is_some_and(|soft| soft < ENOUGH) {
+        let soft = now.maximum.map_or(ENOUGH, |hard| hard.min(ENOUGH));
+        // With fewer the oldest silent connections are closed sooner.
+        let _ = setrlimit(
+            Resource::Nofile,
+            Rlimit {
+                current: Some(soft),
+                ..now
+            },
+        );
+    }
 }

@@ -31,7 +31,12 @@ impl Pod {
     /// An empty one.
     #[must_use]
     pub fn new(events: Events, exit: Arc<ExitSignal>) -> Self {
-        Self { containers: RefCell::default(), events, hierarchies: OnceCell::new(), exit }
+        Self {
+            containers: RefCell::default(),
+            events,
+            hierarchies: OnceCell::new(),
+            exit,
+        }
     }
 
     /// The machine's cgroup hierarchies.
@@ -51,7 +56,11 @@ impl Pod {
     /// # Errors
     /// `NotFound`.
     pub fn container(&self, id: &str) -> Result<Rc<Container>, Failure> {
-        self.containers.borrow().get(id).cloned().ok_or_else(|| Failure::not_found(format!("container {id} is not here")))
+        self.containers
+            .borrow()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Failure::not_found(format!("container {id} is not here")))
     }
 
     /// A process by container and exec ID (empty: the first).
@@ -64,7 +73,9 @@ impl Pod {
             return Ok(container.init.clone());
         }
         let found = container.execs.borrow().get(exec_id).cloned();
-        found.ok_or_else(|| Failure::not_found(format!("process {exec_id} of container {id} is not here")))
+        found.ok_or_else(|| {
+            Failure::not_found(format!("process {exec_id} of container {id} is not here"))
+        })
     }
 
     /// Follows a process that was started to its end.
@@ -84,9 +95,16 @@ impl Pod {
         if let Role::Function(function) = &container.role {
             function.stop(Duration::ZERO).await;
         }
-        let oom = container.cgroup.borrow().as_ref().map_or(0, sock_sandbox::cgroup::Cgroup::oom_kills);
+        let oom = container
+            .cgroup
+            .borrow()
+            .as_ref()
+            .map_or(0, sock_sandbox::cgroup::Cgroup::oom_kills);
         if oom > 0 {
-            self.events.publish(TaskOOM { container_id: container.id.clone(), ..TaskOOM::default() });
+            self.events.publish(TaskOOM {
+                container_id: container.id.clone(),
+                ..TaskOOM::default()
+            });
         }
         if !container.own_processes()
             && !matches!(container.role, Role::Sandbox)
@@ -95,7 +113,13 @@ impl Pod {
         {
             tracing::warn!(container = container.id, error = %e, "processes may be left");
         }
-        let execs: Vec<Rc<Process>> = container.execs.borrow().values().filter(|p| p.pid() != 0).cloned().collect();
+        let execs: Vec<Rc<Process>> = container
+            .execs
+            .borrow()
+            .values()
+            .filter(|p| p.pid() != 0)
+            .cloned()
+            .collect();
         for exec in execs {
             let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
         }
@@ -105,7 +129,11 @@ impl Pod {
     fn announce(&self, container: &Container, process: &Process, exit: Exit) {
         let mut event = TaskExit::new();
         event.set_container_id(container.id.clone());
-        event.set_id(if process.exec_id.is_empty() { container.id.clone() } else { process.exec_id.clone() });
+        event.set_id(if process.exec_id.is_empty() {
+            container.id.clone()
+        } else {
+            process.exec_id.clone()
+        });
         event.set_pid(process.pid().unsigned_abs());
         event.set_exit_status(exit.status);
         event.set_exited_at(timestamp(exit.at));
@@ -124,16 +152,38 @@ impl Pod {
 
     /// Reaps processes whose parents ended and which the kernel gave to this one, the nearest subreaper.
     pub fn reap_orphans(self: Rc<Self>) {
-        let Ok(mut ended) = signal(SignalKind::child()) else { return };
+        let Ok(mut ended) = signal(SignalKind::child()) else {
+            return;
+        };
         tokio::task::spawn_local(async move {
             while ended.recv().await.is_some() {
                 let known: HashSet<i32> = {
                     let containers = self.containers.borrow();
-                    containers.values().flat_map(|c| c.execs.borrow().values().map(|e| e.pid()).chain([c.init.pid()]).collect::<Vec<_>>()).collect()
+                    containers
+                        .values()
+                        .flat_map(|c| {
+                            c.execs
+                                .borrow()
+                                .values()
+                                .map(|e| e.pid())
+                                .chain([c.init.pid()])
+                                .collect::<Vec<_>>()
+                        })
+                        .collect()
                 };
-                let Ok(children) = std::fs::read_to_string("/proc/thread-self/children") else { continue };
-                for pid in children.split_whitespace().filter_map(|p| p.parse::<i32>().ok()) {
-                    let orphan = !known.contains(&pid) && std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| s.rsplit(')').next().is_some_and(|r| r.trim_start().starts_with('Z')));
+                let Ok(children) = std::fs::read_to_string("/proc/thread-self/children") else {
+                    continue;
+                };
+                for pid in children
+                    .split_whitespace()
+                    .filter_map(|p| p.parse::<i32>().ok())
+                {
+                    let orphan = !known.contains(&pid)
+                        && std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| {
+                            s.rsplit(')')
+                                .next()
+                                .is_some_and(|r| r.trim_start().starts_with('Z'))
+                        });
                     if orphan && !crate::children::expected(pid) {
                         // SAFETY: reaps one child; its status interests nobody.
                         unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };

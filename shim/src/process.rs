@@ -108,7 +108,11 @@ impl Process {
     /// # Errors
     /// What the child says went wrong; it is gone then.
     pub async fn create(&self) -> Result<(), Failure> {
-        let launched = self.launched.borrow().clone().ok_or_else(|| Failure::precondition("the process was not launched"))?;
+        let launched = self
+            .launched
+            .borrow()
+            .clone()
+            .ok_or_else(|| Failure::precondition("the process was not launched"))?;
         launched.proceed()?;
         match progress(&launched).await? {
             Progress::Created(terminal) => {
@@ -129,9 +133,16 @@ impl Process {
     /// It cannot be executed, in the child's words.
     pub async fn start(&self) -> Result<(), Failure> {
         if self.phase.get() != Phase::Created {
-            return Err(Failure::precondition(format!("cannot start a process that is {:?}", self.phase.get())));
+            return Err(Failure::precondition(format!(
+                "cannot start a process that is {:?}",
+                self.phase.get()
+            )));
         }
-        let launched = self.launched.borrow_mut().take().ok_or_else(|| Failure::precondition("the process was started before"))?;
+        let launched = self
+            .launched
+            .borrow_mut()
+            .take()
+            .ok_or_else(|| Failure::precondition("the process was started before"))?;
         launched.start()?;
         match progress(&launched).await? {
             Progress::Started => {
@@ -149,7 +160,9 @@ impl Process {
         let mut status = 255;
         if let Some(pidfd) = pidfd {
             loop {
-                let Ok(mut guard) = pidfd.readable().await else { break };
+                let Ok(mut guard) = pidfd.readable().await else {
+                    break;
+                };
                 match wait(pidfd.get_ref()) {
                     Some(s) => {
                         status = s;
@@ -159,7 +172,10 @@ impl Process {
                 }
             }
         }
-        Exit { status, at: SystemTime::now() }
+        Exit {
+            status,
+            at: SystemTime::now(),
+        }
     }
 
     /// Makes the end known to all who wait.
@@ -178,7 +194,10 @@ impl Process {
                 return exit;
             }
             if exit.changed().await.is_err() {
-                return Exit { status: 255, at: SystemTime::now() };
+                return Exit {
+                    status: 255,
+                    at: SystemTime::now(),
+                };
             }
         }
     }
@@ -194,7 +213,15 @@ impl Process {
             return Err(gone());
         }
         // SAFETY: plain numbers and no siginfo.
-        let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0) };
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                pidfd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
         if result == 0 {
             return Ok(());
         }
@@ -231,7 +258,10 @@ pub(crate) async fn progress(launched: &Launched) -> Result<Progress, Failure> {
 /// Reaps by descriptor. `None` while it lives.
 fn wait(pidfd: &OwnedFd) -> Option<u32> {
     use rustix::process::{WaitId, WaitIdOptions, waitid};
-    match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+    match waitid(
+        WaitId::PidFd(pidfd.as_fd()),
+        WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+    ) {
         Ok(Some(status)) => Some(match (status.exit_status(), status.terminating_signal()) {
             (Some(code), _) => u32::try_from(code).unwrap_or(255) & 0xff,
             (None, Some(signal)) => 128 + u32::try_from(signal).unwrap_or(0),

@@ -28,7 +28,11 @@ pub fn from_read_only_mount() -> io::Result<()> {
     let (Some(directory), Some(name)) = (program.parent(), program.file_name()) else {
         return Err(io::Error::other("the program has no directory"));
     };
-    let mount = open_tree(CWD, directory, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    let mount = open_tree(
+        CWD,
+        directory,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?;
     /// `struct mount_attr` (linux/mount.h).
     #[repr(C)]
     struct MountAttr {
@@ -38,21 +42,55 @@ pub fn from_read_only_mount() -> io::Result<()> {
         userns_fd: u64,
     }
     // MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-    let attr = MountAttr { set: 0x7, clear: 0, propagation: 0, userns_fd: 0 };
+    let attr = MountAttr {
+        set: 0x7,
+        clear: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
     // SAFETY: an empty C string, and a whole mount_attr whose size is given.
-    if unsafe { libc::syscall(libc::SYS_mount_setattr, mount.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, &raw const attr, size_of::<MountAttr>()) } != 0 {
+    if unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    } != 0
+    {
         return Err(io::Error::last_os_error());
     }
     let file = openat(&mount, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| io::Error::other("a zero byte in an argument"));
-    let arguments = std::env::args_os().map(|a| text(a.as_bytes())).collect::<io::Result<Vec<_>>>()?;
+    let text = |bytes: &[u8]| {
+        CString::new(bytes).map_err(|_| io::Error::other("a zero byte in an argument"))
+    };
+    let arguments = std::env::args_os()
+        .map(|a| text(a.as_bytes()))
+        .collect::<io::Result<Vec<_>>>()?;
     let mut environment = std::env::vars_os()
         .map(|(n, v)| text(&[n.as_bytes(), b"=", v.as_bytes()].concat()))
         .collect::<io::Result<Vec<_>>>()?;
     environment.push(text(format!("{DONE}=1").as_bytes())?);
-    let list = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect::<Vec<_>>();
+    let list = |strings: &[CString]| {
+        strings
+            .iter()
+            .map(|s| s.as_ptr())
+            .chain([std::ptr::null()])
+            .collect::<Vec<_>>()
+    };
     let (argv, envp) = (list(&arguments), list(&environment));
     // SAFETY: null-terminated lists of C strings that outlive the call; an empty path names the descriptor itself.
-    unsafe { libc::syscall(libc::SYS_execveat, file.as_raw_fd(), c"".as_ptr(), argv.as_ptr(), envp.as_ptr(), libc::AT_EMPTY_PATH) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_execveat,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        )
+    };
     Err(io::Error::last_os_error())
 }

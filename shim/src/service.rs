@@ -32,7 +32,8 @@ pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// # Errors
 /// No file, or not a specification.
 pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
-    oci_spec::runtime::Spec::load(bundle.join("config.json")).map_err(|e| Error::Other(format!("{}: {e}", bundle.join("config.json").display())))
+    oci_spec::runtime::Spec::load(bundle.join("config.json"))
+        .map_err(|e| Error::Other(format!("{}: {e}", bundle.join("config.json").display())))
 }
 
 #[async_trait]
@@ -40,16 +41,33 @@ impl Shim for Service {
     type T = TaskService;
 
     async fn new(_runtime_id: &str, args: &Flags, _config: &mut Config) -> Self {
-        let bundle = if args.bundle.is_empty() { std::env::current_dir().unwrap_or_else(|_| "/".into()) } else { (&args.bundle).into() };
-        Self { exit: Arc::new(ExitSignal::default()), id: args.id.clone(), namespace: args.namespace.clone(), bundle, debug: args.debug }
+        let bundle = if args.bundle.is_empty() {
+            std::env::current_dir().unwrap_or_else(|_| "/".into())
+        } else {
+            (&args.bundle).into()
+        };
+        Self {
+            exit: Arc::new(ExitSignal::default()),
+            id: args.id.clone(),
+            namespace: args.namespace.clone(),
+            bundle,
+            debug: args.debug,
+        }
     }
 
     async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
         let spec = load_spec(&self.bundle)?;
-        let group = spec.annotations().as_ref().and_then(|a| a.get(SANDBOX_ID).cloned()).unwrap_or_else(|| opts.id.clone());
+        let group = spec
+            .annotations()
+            .as_ref()
+            .and_then(|a| a.get(SANDBOX_ID).cloned())
+            .unwrap_or_else(|| opts.id.clone());
         let address = spawn(opts, &group, Vec::new()).await?;
         // Lets the server remove its socket at the end.
-        std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError { context: "write address".into(), err: e })?;
+        std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError {
+            context: "write address".into(),
+            err: e,
+        })?;
         Ok(address)
     }
 
@@ -57,8 +75,14 @@ impl Shim for Service {
         crate::role::zygote::release(&self.bundle);
         // The server is gone. Whatever it left of this container is found by the cgroup.
         if let Ok(spec) = load_spec(&self.bundle)
-            && let Some(path) = spec.linux().as_ref().and_then(|l| l.cgroups_path().as_ref())
-            && let (Ok(location), Ok(hierarchies)) = (Location::parse(&path.to_string_lossy()), Hierarchies::detect())
+            && let Some(path) = spec
+                .linux()
+                .as_ref()
+                .and_then(|l| l.cgroups_path().as_ref())
+            && let (Ok(location), Ok(hierarchies)) = (
+                Location::parse(&path.to_string_lossy()),
+                Hierarchies::detect(),
+            )
         {
             let cgroup = Cgroup::at(&hierarchies, &location);
             for _ in 0..100 {

@@ -53,13 +53,27 @@ fn output(path: &str, uid: u32, kept: &mut Kept) -> io::Result<Option<OwnedFd>> 
         if let Some(parent) = Path::new(file).parent() {
             std::fs::create_dir_all(parent)?;
         }
-        return Ok(Some(OpenOptions::new().create(true).append(true).open(file)?.into()));
+        return Ok(Some(
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(file)?
+                .into(),
+        ));
     }
     if path.contains("://") {
-        return Err(io::Error::new(io::ErrorKind::Unsupported, format!("{path}: only FIFOs and file:// are supported for output")));
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("{path}: only FIFOs and file:// are supported for output"),
+        ));
     }
     if std::fs::metadata(path)?.file_type().is_fifo() {
-        kept._outputs.push(OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?);
+        kept._outputs.push(
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)?,
+        );
     }
     let file = OpenOptions::new().write(true).open(path)?;
     // So that a process that is not root can open /dev/stdout again.
@@ -72,7 +86,9 @@ fn output(path: &str, uid: u32, kept: &mut Kept) -> io::Result<Option<OwnedFd>> 
 /// # Errors
 /// A path that cannot be opened, named.
 pub fn open(paths: &Paths, uid: u32) -> io::Result<(Stdio, Kept)> {
-    let named = |path: &str, r: io::Result<Option<OwnedFd>>| r.map_err(|e| io::Error::new(e.kind(), format!("open {path}: {e}")));
+    let named = |path: &str, r: io::Result<Option<OwnedFd>>| {
+        r.map_err(|e| io::Error::new(e.kind(), format!("open {path}: {e}")))
+    };
     let mut kept = Kept::default();
     let mut stdio = Stdio::default();
     if paths.terminal {
@@ -81,8 +97,16 @@ pub fn open(paths: &Paths, uid: u32) -> io::Result<(Stdio, Kept)> {
     if !paths.stdin.is_empty() {
         let opened = (|| {
             // Both directions: with no writer yet the process would read an end that is none.
-            kept.stdin = Some(OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdin)?);
-            Ok(Some(OwnedFd::from(OpenOptions::new().read(true).open(&paths.stdin)?)))
+            kept.stdin = Some(
+                OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .custom_flags(libc::O_NONBLOCK)
+                    .open(&paths.stdin)?,
+            );
+            Ok(Some(OwnedFd::from(
+                OpenOptions::new().read(true).open(&paths.stdin)?,
+            )))
         })();
         stdio.stdin = named(&paths.stdin, opened)?;
     }
@@ -106,7 +130,9 @@ impl Console {
         rustix::io::ioctl_fionbio(&master, true)?;
         let master = Rc::new(watch(master, Interest::READABLE | Interest::WRITABLE)?);
         if !paths.stdin.is_empty() {
-            let from = pipe::OpenOptions::new().read_write(true).open_receiver(&paths.stdin)?;
+            let from = pipe::OpenOptions::new()
+                .read_write(true)
+                .open_receiver(&paths.stdin)?;
             let master = Rc::downgrade(&master);
             tokio::task::spawn_local(async move {
                 let mut buffer = vec![0; 16 * 1024];
@@ -114,7 +140,9 @@ impl Console {
                     match from.try_read(&mut buffer) {
                         Ok(0) => break,
                         Ok(n) => {
-                            let Some(master) = master.upgrade() else { break };
+                            let Some(master) = master.upgrade() else {
+                                break;
+                            };
                             if write_all(&master, &buffer[..n]).await.is_err() {
                                 break;
                             }
@@ -126,13 +154,21 @@ impl Console {
             });
         }
         if !paths.stdout.is_empty() {
-            let keep = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout)?;
+            let keep = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&paths.stdout)?;
             let to = pipe::OpenOptions::new().open_sender(&paths.stdout)?;
             let master = master.clone();
             tokio::task::spawn_local(async move {
                 let mut buffer = vec![0; 16 * 1024];
                 // The read fails with EIO when the last process has closed the terminal.
-                while let Ok(n) = master.async_io(Interest::READABLE, |fd| rustix::io::read(fd, &mut buffer).map_err(io::Error::from)).await {
+                while let Ok(n) = master
+                    .async_io(Interest::READABLE, |fd| {
+                        rustix::io::read(fd, &mut buffer).map_err(io::Error::from)
+                    })
+                    .await
+                {
                     let mut rest = &buffer[..n];
                     if n == 0 {
                         break;
@@ -159,16 +195,24 @@ impl Console {
     /// # Errors
     /// The terminal is gone.
     pub fn resize(&self, rows: u16, columns: u16) -> io::Result<()> {
-        let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = rustix::termios::Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         Ok(rustix::termios::tcsetwinsize(self.master.as_fd(), size)?)
     }
 }
 
 async fn write_all(to: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        let n = to.async_io(Interest::WRITABLE, |fd| rustix::io::write(fd, bytes).map_err(io::Error::from)).await?;
+        let n = to
+            .async_io(Interest::WRITABLE, |fd| {
+                rustix::io::write(fd, bytes).map_err(io::Error::from)
+            })
+            .await?;
         bytes = &bytes[n..];
     }
     Ok(())
 }
-

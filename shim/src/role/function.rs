@@ -14,7 +14,10 @@ use sock_sandbox::{ExecPlan, Stdio, namespace, seccomp};
 use sock_zygote::protocol::{LeafSetup, Rlimit};
 
 use super::{POOLS, SITE_PACKAGES, add_payload, packages};
-use crate::activation::{Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Pools, Surroundings, Zygotes};
+use crate::activation::{
+    Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Pools,
+    Surroundings, Zygotes,
+};
 use crate::children::Claim;
 use crate::container::Container;
 use crate::process::progress;
@@ -34,11 +37,19 @@ pub struct FunctionContainer {
 }
 
 impl FunctionContainer {
-    pub(super) fn prepare(spec: &mut Spec, annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+    pub(super) fn prepare(
+        spec: &mut Spec,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Self, Failure> {
         let config = FunctionConfig::from_annotations(annotations).map_err(Failure::invalid)?;
-        let config = config.ok_or_else(|| Failure::invalid("annotation sock.dev/function is missing"))?;
+        let config =
+            config.ok_or_else(|| Failure::invalid("annotation sock.dev/function is missing"))?;
         add_payload(spec, config.zygote.as_ref().and_then(packages))?;
-        Ok(Self { config, activation: RefCell::default(), output: RefCell::default() })
+        Ok(Self {
+            config,
+            activation: RefCell::default(),
+            output: RefCell::default(),
+        })
     }
 
     /// Keeps the container's output for its leaves; the holder writes nothing.
@@ -46,7 +57,12 @@ impl FunctionContainer {
     /// # Errors
     /// `/dev/null` cannot be opened.
     pub fn keep_output(&self, streams: Stdio) -> Result<(), Failure> {
-        let null = || std::fs::OpenOptions::new().write(true).open("/dev/null").map(OwnedFd::from);
+        let null = || {
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/null")
+                .map(OwnedFd::from)
+        };
         let stdout = streams.stdout.map_or_else(null, Ok)?;
         let stderr = streams.stderr.map_or_else(|| stdout.try_clone(), Ok)?;
         *self.output.borrow_mut() = Some((stdout, stderr));
@@ -64,19 +80,36 @@ impl FunctionContainer {
             Some((out, err)) => (out.try_clone()?, err.try_clone()?),
             None => return Err(Failure::precondition("the container has no output")),
         };
-        let cgroup = container.cgroup.borrow().clone().ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
+        let cgroup = container
+            .cgroup
+            .borrow()
+            .clone()
+            .ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
         cgroup.delegate(container.init.pid())?;
         let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
             Some(name) => {
                 let mounts = namespace::of_process(container.init.pid(), "mnt")?;
-                let pools = Pools::new(name.pools(Path::new(POOLS)), mounts, &setup, stdout.try_clone()?, stderr.try_clone()?);
+                let pools = Pools::new(
+                    name.pools(Path::new(POOLS)),
+                    mounts,
+                    &setup,
+                    stdout.try_clone()?,
+                    stderr.try_clone()?,
+                );
                 Some(Rc::new(pools.map_err(Failure::unknown)?))
             }
             None => None,
         };
-        let interpreter = Rc::new(ContainerCommand { container: Rc::downgrade(container), stdout, stderr });
-        let surroundings = Surroundings::new(zygotes, interpreter, Rc::new(BelowContainer(cgroup)), setup);
-        let activation = Activation::start(&self.config, surroundings).await.map_err(Failure::unknown)?;
+        let interpreter = Rc::new(ContainerCommand {
+            container: Rc::downgrade(container),
+            stdout,
+            stderr,
+        });
+        let surroundings =
+            Surroundings::new(zygotes, interpreter, Rc::new(BelowContainer(cgroup)), setup);
+        let activation = Activation::start(&self.config, surroundings)
+            .await
+            .map_err(Failure::unknown)?;
         *self.activation.borrow_mut() = Some(Rc::new(activation));
         Ok(())
     }
@@ -104,16 +137,32 @@ impl FunctionContainer {
 
 /// What leaves are told of the container, from its specification.
 fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
-    let process = spec.process().as_ref().ok_or_else(|| Failure::invalid("process is missing"))?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| Failure::invalid("process is missing"))?;
     let linux = spec.linux().as_ref();
     let annotations = spec.annotations().clone().unwrap_or_default();
-    let from_containerd = |key: &str| annotations.get(&format!("io.kubernetes.cri.{key}")).cloned().unwrap_or_default();
+    let from_containerd = |key: &str| {
+        annotations
+            .get(&format!("io.kubernetes.cri.{key}"))
+            .cloned()
+            .unwrap_or_default()
+    };
     let pod = from_containerd("sandbox-name");
     let strings = |list: Option<&Vec<String>>| list.cloned().unwrap_or_default();
     Ok(LeafSetup {
         handler: String::new(),
         path: vec![CODE.into(), SITE_PACKAGES.into()],
-        env: process.env().iter().flatten().filter_map(|e| e.split_once('=').map(|(n, v)| (n.to_string(), v.to_string()))).collect(),
+        env: process
+            .env()
+            .iter()
+            .flatten()
+            .filter_map(|e| {
+                e.split_once('=')
+                    .map(|(n, v)| (n.to_string(), v.to_string()))
+            })
+            .collect(),
         cwd: process.cwd().to_string_lossy().into_owned(),
         hostname: pod.chars().take(63).collect(),
         function: String::new(),
@@ -123,7 +172,14 @@ fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
         gid: process.user().gid(),
         masked_paths: strings(linux.and_then(|l| l.masked_paths().as_ref())),
         readonly_paths: strings(linux.and_then(|l| l.readonly_paths().as_ref())),
-        rlimits: sock_sandbox::rlimits(process).into_iter().map(|(resource, soft, hard)| Rlimit { resource, soft, hard }).collect(),
+        rlimits: sock_sandbox::rlimits(process)
+            .into_iter()
+            .map(|(resource, soft, hard)| Rlimit {
+                resource,
+                soft,
+                hard,
+            })
+            .collect(),
         seccomp: match linux.and_then(|l| l.seccomp().as_ref()) {
             Some(profile) => seccomp::Program::compile(profile)?.bytes(),
             None => Vec::new(),
@@ -139,9 +195,22 @@ fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
 
 /// As many threads as the CPU limit has processors, at least one; without a limit the library decides.
 fn threads(spec: &Spec) -> u32 {
-    let cpu = spec.linux().as_ref().and_then(|l| l.resources().as_ref()).and_then(|r| r.cpu().as_ref());
-    let limit = cpu.and_then(|c| Some((u64::try_from(c.quota()?).ok()?, c.period().filter(|p| *p > 0)?)));
-    limit.filter(|(quota, _)| *quota > 0).map_or(0, |(quota, period)| u32::try_from(quota.div_ceil(period)).unwrap_or(0))
+    let cpu = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.resources().as_ref())
+        .and_then(|r| r.cpu().as_ref());
+    let limit = cpu.and_then(|c| {
+        Some((
+            u64::try_from(c.quota()?).ok()?,
+            c.period().filter(|p| *p > 0)?,
+        ))
+    });
+    limit
+        .filter(|(quota, _)| *quota > 0)
+        .map_or(0, |(quota, period)| {
+            u32::try_from(quota.div_ceil(period)).unwrap_or(0)
+        })
 }
 
 /// The container's own command, as a leaf without a zygote.
@@ -152,9 +221,16 @@ struct ContainerCommand {
 }
 
 impl Interpreter for ContainerCommand {
-    fn start<'a>(&'a self, control: OwnedFd, cgroup: &'a dyn LeafCgroup) -> Local<'a, anyhow::Result<()>> {
+    fn start<'a>(
+        &'a self,
+        control: OwnedFd,
+        cgroup: &'a dyn LeafCgroup,
+    ) -> Local<'a, anyhow::Result<()>> {
         Box::pin(async move {
-            let container = self.container.upgrade().ok_or_else(|| anyhow::anyhow!("the container is gone"))?;
+            let container = self
+                .container
+                .upgrade()
+                .ok_or_else(|| anyhow::anyhow!("the container is gone"))?;
             let mut process: ProcessSpec = container.spec.process().clone().unwrap_or_default();
             let mut env = process.env().clone().unwrap_or_default();
             env.push("SOCK_CONTROL_FD=3".into());
@@ -162,8 +238,16 @@ impl Interpreter for ContainerCommand {
             let launched = sock_sandbox::exec(ExecPlan {
                 target: container.init.pid(),
                 process: &process,
-                seccomp: container.spec.linux().as_ref().and_then(|l| l.seccomp().as_ref()),
-                stdio: Stdio { stdin: None, stdout: Some(self.stdout.try_clone()?), stderr: Some(self.stderr.try_clone()?) },
+                seccomp: container
+                    .spec
+                    .linux()
+                    .as_ref()
+                    .and_then(|l| l.seccomp().as_ref()),
+                stdio: Stdio {
+                    stdin: None,
+                    stdout: Some(self.stdout.try_clone()?),
+                    stderr: Some(self.stderr.try_clone()?),
+                },
                 extra: vec![(3, control)],
                 entrances: cgroup.entrances()?,
             })?;
@@ -179,7 +263,8 @@ impl Interpreter for ContainerCommand {
                     break;
                 }
             }
-            let pidfd = crate::async_fd::watch(launched.pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
+            let pidfd =
+                crate::async_fd::watch(launched.pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
             tokio::task::spawn_local(async move {
                 let _ = pidfd.readable().await;
                 // SAFETY: reaps a child that has ended.

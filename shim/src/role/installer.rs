@@ -22,25 +22,42 @@ pub struct Installer {
 
 impl Installer {
     /// Makes the directory and mounts it.
-    pub(super) fn prepare(id: &str, spec: &mut Spec, annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+    pub(super) fn prepare(
+        id: &str,
+        spec: &mut Spec,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Self, Failure> {
         let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
         let tenant = Path::new(CACHE).join(&name.tenant);
         let entry = tenant.join(&name.lock);
         add_payload(spec, None)?;
         if entry.join("site-packages").is_dir() {
             add_env(spec, "SOCK_CACHED", "1");
-            return Ok(Self { staging: None, entry });
+            return Ok(Self {
+                staging: None,
+                entry,
+            });
         }
         let staging = tenant.join(format!(".staging-{id}"));
-        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&tenant)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&tenant)?;
         std::fs::DirBuilder::new().mode(0o755).create(&staging)?;
         if let Some(process) = spec.process() {
-            std::os::unix::fs::chown(&staging, Some(process.user().uid()), Some(process.user().gid()))?;
+            std::os::unix::fs::chown(
+                &staging,
+                Some(process.user().uid()),
+                Some(process.user().gid()),
+            )?;
         }
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         mounts.push(bind(&staging, "/opt/sock/install", true)?);
         spec.set_mounts(Some(mounts));
-        Ok(Self { staging: Some(staging), entry })
+        Ok(Self {
+            staging: Some(staging),
+            entry,
+        })
     }
 
     /// After its end, before anybody is told of it.

@@ -55,19 +55,36 @@ impl Role {
             Some("container") => {}
             _ => return Ok(Role::Plain),
         }
-        let name = annotations.get(cri::CONTAINER_NAME).map(String::as_str).unwrap_or_default();
-        let is = |key: &str| annotations.get(&format!("sock.dev/{key}")).is_some_and(|n| n == name);
+        let name = annotations
+            .get(cri::CONTAINER_NAME)
+            .map(String::as_str)
+            .unwrap_or_default();
+        let is = |key: &str| {
+            annotations
+                .get(&format!("sock.dev/{key}"))
+                .is_some_and(|n| n == name)
+        };
         if is("installer") {
             confined(spec)?;
-            return Ok(Role::Installer(installer::Installer::prepare(id, spec, &annotations)?));
+            return Ok(Role::Installer(installer::Installer::prepare(
+                id,
+                spec,
+                &annotations,
+            )?));
         }
         if is("zygote") {
             confined(spec)?;
-            return Ok(Role::Zygote(zygote::ZygoteContainer::prepare(spec, &annotations)?));
+            return Ok(Role::Zygote(zygote::ZygoteContainer::prepare(
+                spec,
+                &annotations,
+            )?));
         }
         if is("function") {
             confined(spec)?;
-            return Ok(Role::Function(function::FunctionContainer::prepare(spec, &annotations)?));
+            return Ok(Role::Function(function::FunctionContainer::prepare(
+                spec,
+                &annotations,
+            )?));
         }
         Ok(Role::Plain)
     }
@@ -76,37 +93,70 @@ impl Role {
 /// sock's containers hold what others must not reach, so they take no part in the host: the pod's author cannot have
 /// them run as root, with capabilities, or in the host's namespaces.
 fn confined(spec: &Spec) -> Result<(), Failure> {
-    let refuse = |what: &str| Err(Failure::invalid(format!("a container with sock's annotations {what}")));
-    let Some(process) = spec.process().as_ref() else { return refuse("has no process") };
+    let refuse = |what: &str| {
+        Err(Failure::invalid(format!(
+            "a container with sock's annotations {what}"
+        )))
+    };
+    let Some(process) = spec.process().as_ref() else {
+        return refuse("has no process");
+    };
     if process.user().uid() == 0 {
         return refuse("must not run as root: set securityContext.runAsUser");
     }
     if !process.no_new_privileges().unwrap_or(false) {
-        return refuse("must not gain privileges: set securityContext.allowPrivilegeEscalation to false");
+        return refuse(
+            "must not gain privileges: set securityContext.allowPrivilegeEscalation to false",
+        );
     }
-    let bounding = process.capabilities().as_ref().and_then(|c| c.bounding().as_ref());
+    let bounding = process
+        .capabilities()
+        .as_ref()
+        .and_then(|c| c.bounding().as_ref());
     if bounding.is_some_and(|b| !b.is_empty()) {
-        return refuse("must drop every capability: set securityContext.capabilities.drop to [ALL]");
+        return refuse(
+            "must drop every capability: set securityContext.capabilities.drop to [ALL]",
+        );
     }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
-    for kind in [LinuxNamespaceType::Network, LinuxNamespaceType::Ipc, LinuxNamespaceType::Pid, LinuxNamespaceType::Mount] {
+    for kind in [
+        LinuxNamespaceType::Network,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Mount,
+    ] {
         if !namespaces.is_some_and(|list| list.iter().any(|n| n.typ() == kind)) {
-            return refuse(&format!("must not use the host's {kind} namespace: leave hostNetwork, hostPID and hostIPC unset"));
+            return refuse(&format!(
+                "must not use the host's {kind} namespace: leave hostNetwork, hostPID and hostIPC unset"
+            ));
         }
     }
     Ok(())
 }
 
 fn bind(source: &Path, destination: &str, writable: bool) -> Result<Mount, Failure> {
-    let mut options = vec!["bind".to_string(), "nosuid".into(), "nodev".into(), "rprivate".into()];
+    let mut options = vec![
+        "bind".to_string(),
+        "nosuid".into(),
+        "nodev".into(),
+        "rprivate".into(),
+    ];
     options.push(if writable { "rw" } else { "ro" }.into());
-    MountBuilder::default().typ("bind").source(source).destination(destination).options(options).build().map_err(Failure::unknown)
+    MountBuilder::default()
+        .typ("bind")
+        .source(source)
+        .destination(destination)
+        .options(options)
+        .build()
+        .map_err(Failure::unknown)
 }
 
 /// Shows the payload, and the packages if they are installed.
 fn add_payload(spec: &mut Spec, packages: Option<PathBuf>) -> Result<(), Failure> {
     if !Path::new(PAYLOAD).join("python").is_dir() {
-        return Err(Failure::precondition(format!("{PAYLOAD} is not on this node: see the pod of sock's node installer here")));
+        return Err(Failure::precondition(format!(
+            "{PAYLOAD} is not on this node: see the pod of sock's node installer here"
+        )));
     }
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     mounts.push(bind(Path::new(PAYLOAD), PAYLOAD, false)?);
@@ -118,7 +168,10 @@ fn add_payload(spec: &mut Spec, packages: Option<PathBuf>) -> Result<(), Failure
 }
 
 fn packages(name: &crate::activation::ZygoteName) -> Option<PathBuf> {
-    let path = Path::new(CACHE).join(&name.tenant).join(&name.lock).join("site-packages");
+    let path = Path::new(CACHE)
+        .join(&name.tenant)
+        .join(&name.lock)
+        .join("site-packages");
     path.is_dir().then_some(path)
 }
 
@@ -133,12 +186,24 @@ fn add_env(spec: &mut Spec, name: &str, value: &str) {
 
 /// A JSON list of module names.
 fn modules(annotations: &HashMap<String, String>, name: &str) -> Result<Vec<String>, Failure> {
-    let Some(text) = annotations.get(&format!("sock.dev/{name}")) else { return Ok(Vec::new()) };
-    let list: Vec<String> = serde_json::from_str(text)
-        .map_err(|e| Failure::invalid(format!("annotation sock.dev/{name}: {e}: give a JSON list of module names")))?;
-    let module = |m: &String| !m.is_empty() && m.len() <= 200 && m.chars().all(|c| c.is_alphanumeric() || c == '_' || c == '.');
+    let Some(text) = annotations.get(&format!("sock.dev/{name}")) else {
+        return Ok(Vec::new());
+    };
+    let list: Vec<String> = serde_json::from_str(text).map_err(|e| {
+        Failure::invalid(format!(
+            "annotation sock.dev/{name}: {e}: give a JSON list of module names"
+        ))
+    })?;
+    let module = |m: &String| {
+        !m.is_empty()
+            && m.len() <= 200
+            && m.chars()
+                .all(|c| c.is_alphanumeric() || c == '_' || c == '.')
+    };
     match list.iter().find(|m| !module(m)) {
-        Some(bad) => Err(Failure::invalid(format!("annotation sock.dev/{name}: {bad:?} is not the name of a module"))),
+        Some(bad) => Err(Failure::invalid(format!(
+            "annotation sock.dev/{name}: {bad:?} is not the name of a module"
+        ))),
         None => Ok(list),
     }
 }

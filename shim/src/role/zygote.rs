@@ -11,7 +11,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::{
-    Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction, LinuxSyscallBuilder, Spec,
+    Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxSeccompAction, LinuxSyscallBuilder, Spec,
 };
 use serde_json::json;
 use sock_sandbox::root::Root;
@@ -31,8 +32,20 @@ const WARM_WITHIN: Duration = Duration::from_secs(90);
 
 /// System calls that a zygote needs to make leaves, and that default profiles keep for those with privileges on the host.
 const FORKING: [&str; 14] = [
-    "unshare", "setns", "mount", "umount2", "move_mount", "open_tree", "mount_setattr", "fsopen", "fsconfig", "fsmount", "chroot", "pivot_root",
-    "sethostname", "clone",
+    "unshare",
+    "setns",
+    "mount",
+    "umount2",
+    "move_mount",
+    "open_tree",
+    "mount_setattr",
+    "fsopen",
+    "fsconfig",
+    "fsmount",
+    "chroot",
+    "pivot_root",
+    "sethostname",
+    "clone",
 ];
 
 /// What the annotations say of a pool.
@@ -56,16 +69,19 @@ struct NamespaceHolder {
 }
 
 impl ZygoteContainer {
-    pub(super) fn prepare(spec: &mut Spec, annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+    pub(super) fn prepare(
+        spec: &mut Spec,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Self, Failure> {
         let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
         let number = |key: &str, default: u32, most: u32| -> Result<u32, Failure> {
             match annotations.get(&format!("sock.dev/{key}")) {
                 None => Ok(default),
-                Some(text) => text
-                    .parse()
-                    .ok()
-                    .filter(|n| *n <= most)
-                    .ok_or_else(|| Failure::invalid(format!("annotation sock.dev/{key}: {text:?}: give a number of at most {most}"))),
+                Some(text) => text.parse().ok().filter(|n| *n <= most).ok_or_else(|| {
+                    Failure::invalid(format!(
+                        "annotation sock.dev/{key}: {text:?}: give a number of at most {most}"
+                    ))
+                }),
             }
         };
         let setup = ZygoteSetup {
@@ -77,11 +93,17 @@ impl ZygoteContainer {
         let status_port = u16::try_from(number("status-port", 9464, 65535)?).unwrap_or(9464);
         let packages = packages(&name);
         if packages.is_none() {
-            return Err(Failure::precondition(format!("PackageSet {}: its packages are not in the node cache: see its install container", name.package_set)));
+            return Err(Failure::precondition(format!(
+                "PackageSet {}: its packages are not in the node cache: see its install container",
+                name.package_set
+            )));
         }
         add_payload(spec, packages)?;
         add_env(spec, "SOCK_CONTROL_FD", "3");
-        let user = spec.process().as_ref().map(|p| UserMapping { uid: p.user().uid(), gid: p.user().gid() });
+        let user = spec.process().as_ref().map(|p| UserMapping {
+            uid: p.user().uid(),
+            gid: p.user().gid(),
+        });
         let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
         Ok(Self {
             name,
@@ -104,7 +126,10 @@ impl ZygoteContainer {
         let mut own = Spec::default();
         own.set_mounts(None).set_hostname(spec.hostname().clone());
         let mut process = spec.process().clone().unwrap_or_default();
-        process.set_cwd("/".into()).set_rlimits(None).set_terminal(Some(false));
+        process
+            .set_cwd("/".into())
+            .set_rlimits(None)
+            .set_terminal(Some(false));
         process.set_capabilities(Some(capabilities(HashSet::new())?));
         own.set_process(Some(process));
         let mut linux = spec.linux().clone().unwrap_or_default();
@@ -116,8 +141,13 @@ impl ZygoteContainer {
             LinuxNamespaceType::Uts,
             LinuxNamespaceType::Mount,
         ];
-        let fresh = kinds.iter().map(|k| LinuxNamespaceBuilder::default().typ(*k).build()).collect::<Result<Vec<_>, _>>();
-        linux.set_namespaces(Some(fresh.map_err(Failure::unknown)?)).set_sysctl(None);
+        let fresh = kinds
+            .iter()
+            .map(|k| LinuxNamespaceBuilder::default().typ(*k).build())
+            .collect::<Result<Vec<_>, _>>();
+        linux
+            .set_namespaces(Some(fresh.map_err(Failure::unknown)?))
+            .set_sysctl(None);
         own.set_linux(Some(linux));
         let launched = sock_sandbox::launch(Plan {
             spec: &own,
@@ -138,14 +168,19 @@ impl ZygoteContainer {
                     launched.start()?;
                 }
                 if let sock_sandbox::Progress::Failed(e) = progress(&launched).await? {
-                    return Err(Failure::unknown(format!("namespaces of the zygote: {e}: this node may forbid user namespaces")));
+                    return Err(Failure::unknown(format!(
+                        "namespaces of the zygote: {e}: this node may forbid user namespaces"
+                    )));
                 }
             }
             Ok(namespace::of_process(launched.pid, "user")?)
         };
         let user = made.await?;
         let pid = launched.pid;
-        *self.holder.borrow_mut() = Some(NamespaceHolder { process: launched, user });
+        *self.holder.borrow_mut() = Some(NamespaceHolder {
+            process: launched,
+            user,
+        });
 
         let (ours, theirs) = sock_zygote::protocol::pair().map_err(Failure::unknown)?;
         *self.control.borrow_mut() = Some(ours);
@@ -162,22 +197,38 @@ impl ZygoteContainer {
             };
             namespace.path(format!("/proc/{pid}/ns/{file}")).build()
         });
-        linux.set_namespaces(Some(joined.collect::<Result<Vec<_>, _>>().map_err(Failure::unknown)?));
+        linux.set_namespaces(Some(
+            joined
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(Failure::unknown)?,
+        ));
         // A new proc may be mounted for a leaf only while one is fully visible here (mount_too_revealing, fs/namespace.c).
         // What it shows of the host is what any user without privileges may read.
-        linux.set_masked_paths(None).set_readonly_paths(None).set_sysctl(None);
+        linux
+            .set_masked_paths(None)
+            .set_readonly_paths(None)
+            .set_sysctl(None);
         if let Some(seccomp) = linux.seccomp().clone() {
             let mut seccomp = seccomp;
             let mut calls = seccomp.syscalls().clone().unwrap_or_default();
-            let allow = LinuxSyscallBuilder::default().names(FORKING.map(String::from)).action(LinuxSeccompAction::ScmpActAllow).build();
+            let allow = LinuxSyscallBuilder::default()
+                .names(FORKING.map(String::from))
+                .action(LinuxSeccompAction::ScmpActAllow)
+                .build();
             calls.push(allow.map_err(Failure::unknown)?);
             seccomp.set_syscalls(Some(calls));
             linux.set_seccomp(Some(seccomp));
         }
         spec.set_linux(Some(linux));
         if let Some(process) = spec.process_mut() {
-            let needed = HashSet::from([Capability::SysAdmin, Capability::SysChroot, Capability::Setpcap]);
-            process.set_capabilities(Some(capabilities(needed)?)).set_terminal(Some(false));
+            let needed = HashSet::from([
+                Capability::SysAdmin,
+                Capability::SysChroot,
+                Capability::Setpcap,
+            ]);
+            process
+                .set_capabilities(Some(capabilities(needed)?))
+                .set_terminal(Some(false));
         }
         Ok(theirs)
     }
@@ -187,28 +238,44 @@ impl ZygoteContainer {
     /// # Errors
     /// The line that the author of the PackageSet must mend.
     pub async fn warm_up(&self, sandbox: &str, process: &Rc<Process>) -> Result<(), Failure> {
-        let control = self.control.take().ok_or_else(|| Failure::precondition("the zygote was started before"))?;
+        let control = self
+            .control
+            .take()
+            .ok_or_else(|| Failure::precondition("the zygote was started before"))?;
         let set = &self.name.package_set;
         let configured = tokio::select! {
             configured = Zygote::configure(control, &self.setup) => configured.map_err(|e| e.to_string()),
             exit = process.wait() => Err(format!("its interpreter ended with status {}: see the log of container zygote", exit.status)),
             () = tokio::time::sleep(WARM_WITHIN) => Err(format!("importing {} took more than {} s", self.setup.imports.join(", "), WARM_WITHIN.as_secs())),
         };
-        let (zygote, warm) = configured.map_err(|e| Failure::unknown(format!("PackageSet {set}: {e}")))?;
+        let (zygote, warm) =
+            configured.map_err(|e| Failure::unknown(format!("PackageSet {set}: {e}")))?;
         let user = match &*self.holder.borrow() {
             Some(holder) => holder.user.try_clone()?,
             None => return Err(Failure::precondition("the zygote has no namespaces")),
         };
-        let path: PathBuf = Path::new(POOLS).join(&self.name.tenant).join(&self.name.digest).join(format!("{sandbox}.sock"));
+        let path: PathBuf = Path::new(POOLS)
+            .join(&self.name.tenant)
+            .join(&self.name.digest)
+            .join(format!("{sandbox}.sock"));
         let broker = Broker::listen(&path).map_err(Failure::unknown)?;
-        tracing::info!(package_set = set, micros = warm.import_micros, "zygote is warm");
+        tracing::info!(
+            package_set = set,
+            micros = warm.import_micros,
+            "zygote is warm"
+        );
         let (uid, gid) = (self.user.uid, self.user.gid);
         let serve = tokio::task::spawn_local(async move {
             let reason = broker.serve(&zygote, user.as_fd(), uid, gid).await;
             tracing::info!(error = %reason, "zygote is gone");
         });
-        let modules: Vec<_> = warm.modules.iter().map(|m| json!({"name": m.name, "micros": m.micros})).collect();
-        let document = json!({"ready": true, "importMicros": warm.import_micros, "modules": modules});
+        let modules: Vec<_> = warm
+            .modules
+            .iter()
+            .map(|m| json!({"name": m.name, "micros": m.micros}))
+            .collect();
+        let document =
+            json!({"ready": true, "importMicros": warm.import_micros, "modules": modules});
         match StatusServer::start(self.status_port, move || document.clone()) {
             Ok(server) => *self.status.borrow_mut() = Some(server),
             // Figures are missing then; Functions are served.
@@ -229,7 +296,13 @@ impl ZygoteContainer {
             // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
             // SAFETY: sends a signal to a child by descriptor.
             unsafe {
-                libc::syscall(libc::SYS_pidfd_send_signal, std::os::fd::AsRawFd::as_raw_fd(&holder.process.pidfd), libc::SIGTERM, std::ptr::null::<libc::siginfo_t>(), 0);
+                libc::syscall(
+                    libc::SYS_pidfd_send_signal,
+                    std::os::fd::AsRawFd::as_raw_fd(&holder.process.pidfd),
+                    libc::SIGTERM,
+                    std::ptr::null::<libc::siginfo_t>(),
+                    0,
+                );
             }
         }
     }
@@ -241,20 +314,33 @@ const HOLDER: &str = "sock-holder";
 /// Process number and start time: together they name one process for ever.
 fn record(bundle: &Path, pid: i32) -> Result<(), Failure> {
     let started = start_time(pid).ok_or_else(|| Failure::unknown("the zygote's holder is gone"))?;
-    Ok(std::fs::write(bundle.join(HOLDER), format!("{pid} {started}"))?)
+    Ok(std::fs::write(
+        bundle.join(HOLDER),
+        format!("{pid} {started}"),
+    )?)
 }
 
 /// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
 fn start_time(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()
 }
 
 /// After a crash: has the holder of a bundle's zygote end with the last leaf.
 pub fn release(bundle: &Path) {
-    let Ok(text) = std::fs::read_to_string(bundle.join(HOLDER)) else { return };
+    let Ok(text) = std::fs::read_to_string(bundle.join(HOLDER)) else {
+        return;
+    };
     let mut parts = text.split_whitespace();
-    let (pid, started) = (parts.next().and_then(|p| p.parse::<i32>().ok()), parts.next().and_then(|s| s.parse::<u64>().ok()));
+    let (pid, started) = (
+        parts.next().and_then(|p| p.parse::<i32>().ok()),
+        parts.next().and_then(|s| s.parse::<u64>().ok()),
+    );
     if let Some(pid) = pid
         && started.is_some()
         && start_time(pid) == started

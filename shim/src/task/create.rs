@@ -20,13 +20,21 @@ use crate::role::Role;
 use crate::service::{SANDBOX_ID, load_spec};
 use crate::stdio::{self, Paths};
 
-pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskResponse, Failure> {
+pub(super) async fn create(
+    pod: Rc<Pod>,
+    request: CreateTaskRequest,
+) -> Result<CreateTaskResponse, Failure> {
     let begun = std::time::Instant::now();
     if pod.containers.borrow().contains_key(&request.id) {
-        return Err(Failure::exists(format!("container {} is there already", request.id)));
+        return Err(Failure::exists(format!(
+            "container {} is there already",
+            request.id
+        )));
     }
     if !request.checkpoint.is_empty() {
-        return Err(Failure::unimplemented("restoring a checkpoint is not supported"));
+        return Err(Failure::unimplemented(
+            "restoring a checkpoint is not supported",
+        ));
     }
     let bundle = Path::new(&request.bundle).to_path_buf();
     let mut spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
@@ -35,8 +43,17 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
     if let Role::Zygote(zygote) = &role {
         extra.push((3, zygote.isolate(&mut spec, &bundle).await?));
     }
-    let sandbox = spec.annotations().as_ref().and_then(|a| a.get(SANDBOX_ID).cloned()).unwrap_or_else(|| request.id.clone());
-    let paths = Paths { stdin: request.stdin.clone(), stdout: request.stdout.clone(), stderr: request.stderr.clone(), terminal: request.terminal };
+    let sandbox = spec
+        .annotations()
+        .as_ref()
+        .and_then(|a| a.get(SANDBOX_ID).cloned())
+        .unwrap_or_else(|| request.id.clone());
+    let paths = Paths {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
     let init = Rc::new(Process::new(String::new(), paths.clone()));
     let container = Rc::new(Container {
         id: request.id.clone(),
@@ -60,9 +77,12 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
         abandon(&container).await;
         return Err(e);
     }
-    pod.containers.borrow_mut().insert(request.id.clone(), container.clone());
+    pod.containers
+        .borrow_mut()
+        .insert(request.id.clone(), container.clone());
     let mut io = TaskIO::new();
-    (io.stdin, io.stdout, io.stderr, io.terminal) = (paths.stdin, paths.stdout, paths.stderr, paths.terminal);
+    (io.stdin, io.stdout, io.stderr, io.terminal) =
+        (paths.stdin, paths.stdout, paths.stderr, paths.terminal);
     let mut event = TaskCreate::new();
     event.set_container_id(request.id.clone());
     event.set_bundle(request.bundle);
@@ -70,13 +90,23 @@ pub(super) async fn create(pod: Rc<Pod>, request: CreateTaskRequest) -> Result<C
     event.set_io(io);
     event.set_pid(init.pid().unsigned_abs());
     pod.events.publish(event);
-    tracing::debug!(container = request.id, micros = begun.elapsed().as_micros(), "created");
+    tracing::debug!(
+        container = request.id,
+        micros = begun.elapsed().as_micros(),
+        "created"
+    );
     let mut response = CreateTaskResponse::new();
     response.set_pid(init.pid().unsigned_abs());
     Ok(response)
 }
 
-async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, paths: &Paths, extra: Vec<(i32, OwnedFd)>) -> Result<(), Failure> {
+async fn build(
+    pod: &Pod,
+    container: &Container,
+    request: &CreateTaskRequest,
+    paths: &Paths,
+    extra: Vec<(i32, OwnedFd)>,
+) -> Result<(), Failure> {
     let spec = &container.spec;
     let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
     let (mut streams, kept) = stdio::open(paths, uid)?;
@@ -95,7 +125,11 @@ async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, pa
     let future = Cgroup::at(hierarchies, &location);
     let launched = sock_sandbox::launch(Plan {
         spec,
-        root: if matches!(container.role, Role::Sandbox) { Root::Empty } else { root(&container.bundle, request) },
+        root: if matches!(container.role, Role::Sandbox) {
+            Root::Empty
+        } else {
+            root(&container.bundle, request)
+        },
         program: match container.role {
             Role::Sandbox | Role::Function(_) => Program::Holder(HolderKind::Pod),
             _ => Program::Specified,
@@ -113,7 +147,11 @@ async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, pa
         crate::home::enter(hierarchies, &cgroup);
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
-    if let Some(score) = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj) {
+    if let Some(score) = spec
+        .process()
+        .as_ref()
+        .and_then(oci_spec::runtime::Process::oom_score_adj)
+    {
         sock_sandbox::launch::set_oom_score(launched.pid, score)?;
     }
     drop(launched);
@@ -121,7 +159,15 @@ async fn build(pod: &Pod, container: &Container, request: &CreateTaskRequest, pa
 }
 
 fn network(spec: &Spec) -> Option<std::path::PathBuf> {
-    spec.linux().as_ref()?.namespaces().as_ref()?.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().clone().filter(|p| !p.as_os_str().is_empty())
+    spec.linux()
+        .as_ref()?
+        .namespaces()
+        .as_ref()?
+        .iter()
+        .find(|n| n.typ() == LinuxNamespaceType::Network)?
+        .path()
+        .clone()
+        .filter(|p| !p.as_os_str().is_empty())
 }
 
 fn root(bundle: &Path, request: &CreateTaskRequest) -> Root {
@@ -130,7 +176,11 @@ fn root(bundle: &Path, request: &CreateTaskRequest) -> Root {
         mounts: request
             .rootfs
             .iter()
-            .map(|m| RootMount { kind: m.type_.clone(), source: m.source.clone(), options: m.options.clone() })
+            .map(|m| RootMount {
+                kind: m.type_.clone(),
+                source: m.source.clone(),
+                options: m.options.clone(),
+            })
             .collect(),
     }
 }

@@ -14,15 +14,26 @@ use crate::pod::Pod;
 use crate::process::{Exit, Phase, Process};
 use crate::role::Role;
 
-pub(super) async fn delete(pod: Rc<Pod>, request: DeleteRequest) -> Result<DeleteResponse, Failure> {
+pub(super) async fn delete(
+    pod: Rc<Pod>,
+    request: DeleteRequest,
+) -> Result<DeleteResponse, Failure> {
     let container = pod.container(&request.id)?;
     let process = pod.process(&request.id, &request.exec_id)?;
     let exit = match process.phase() {
         Phase::Stopped => process.wait().await,
         // Announced and never started.
-        Phase::Added => Exit { status: 0, at: std::time::SystemTime::now() },
+        Phase::Added => Exit {
+            status: 0,
+            at: std::time::SystemTime::now(),
+        },
         Phase::Created => end_created(&process).await,
-        Phase::Running => return Err(Failure::precondition(format!("container {} runs: kill it first", request.id))),
+        Phase::Running => {
+            return Err(Failure::precondition(format!(
+                "container {} runs: kill it first",
+                request.id
+            )));
+        }
     };
     if request.exec_id.is_empty() {
         clean(&container).await;

@@ -17,14 +17,26 @@ use crate::stdio::{self, Paths};
 pub(super) async fn exec(pod: Rc<Pod>, request: ExecProcessRequest) -> Result<Empty, Failure> {
     let container = pod.container(&request.id)?;
     if container.execs.borrow().contains_key(&request.exec_id) {
-        return Err(Failure::exists(format!("process {} is there already", request.exec_id)));
+        return Err(Failure::exists(format!(
+            "process {} is there already",
+            request.exec_id
+        )));
     }
     // Parsed now, so that a wrong one is told at the call that brought it.
-    let spec: ProcessSpec = serde_json::from_slice(&request.spec.value).map_err(|e| Failure::invalid(format!("process of exec {}: {e}", request.exec_id)))?;
-    let paths = Paths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+    let spec: ProcessSpec = serde_json::from_slice(&request.spec.value)
+        .map_err(|e| Failure::invalid(format!("process of exec {}: {e}", request.exec_id)))?;
+    let paths = Paths {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.terminal,
+    };
     let process = Process::new(request.exec_id.clone(), paths);
     *process.spec.borrow_mut() = Some(spec);
-    container.execs.borrow_mut().insert(request.exec_id.clone(), Rc::new(process));
+    container
+        .execs
+        .borrow_mut()
+        .insert(request.exec_id.clone(), Rc::new(process));
     let mut event = TaskExecAdded::new();
     event.set_container_id(request.id);
     event.set_exec_id(request.exec_id);
@@ -34,17 +46,44 @@ pub(super) async fn exec(pod: Rc<Pod>, request: ExecProcessRequest) -> Result<Em
 
 pub(super) async fn launch(container: &Container, process: &Process) -> Result<(), Failure> {
     if process.phase() != Phase::Added {
-        return Err(Failure::precondition(format!("exec {} was started before", process.exec_id)));
+        return Err(Failure::precondition(format!(
+            "exec {} was started before",
+            process.exec_id
+        )));
     }
     if container.init.phase() != Phase::Running {
-        return Err(Failure::precondition(format!("container {} is not running", container.id)));
+        return Err(Failure::precondition(format!(
+            "container {} is not running",
+            container.id
+        )));
     }
-    let spec = process.spec.borrow().clone().ok_or_else(|| Failure::invalid("exec without a process"))?;
+    let spec = process
+        .spec
+        .borrow()
+        .clone()
+        .ok_or_else(|| Failure::invalid("exec without a process"))?;
     let (streams, kept) = stdio::open(&process.paths, spec.user().uid())?;
     *process.kept.borrow_mut() = kept;
-    let entrances = container.cgroup.borrow().as_ref().map(sock_sandbox::cgroup::Cgroup::entrances).transpose()?.unwrap_or_default();
-    let seccomp = container.spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
-    let launched = sock_sandbox::exec(ExecPlan { target: container.init.pid(), process: &spec, seccomp, stdio: streams, extra: Vec::new(), entrances })?;
+    let entrances = container
+        .cgroup
+        .borrow()
+        .as_ref()
+        .map(sock_sandbox::cgroup::Cgroup::entrances)
+        .transpose()?
+        .unwrap_or_default();
+    let seccomp = container
+        .spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.seccomp().as_ref());
+    let launched = sock_sandbox::exec(ExecPlan {
+        target: container.init.pid(),
+        process: &spec,
+        seccomp,
+        stdio: streams,
+        extra: Vec::new(),
+        entrances,
+    })?;
     let launched = process.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
     drop(launched);
@@ -53,8 +92,11 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
 }
 
 pub(super) async fn resize(pod: Rc<Pod>, request: ResizePtyRequest) -> Result<Empty, Failure> {
-    let size = |n: u32| u16::try_from(n).map_err(|_| Failure::invalid(format!("a terminal of {n} characters")));
-    pod.process(&request.id, &request.exec_id)?.resize(size(request.height)?, size(request.width)?)?;
+    let size = |n: u32| {
+        u16::try_from(n).map_err(|_| Failure::invalid(format!("a terminal of {n} characters")))
+    };
+    pod.process(&request.id, &request.exec_id)?
+        .resize(size(request.height)?, size(request.width)?)?;
     Ok(Empty::new())
 }
 

@@ -14,9 +14,18 @@ use crate::role::Role;
 pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Failure> {
     let container = pod.container(&request.id)?;
     let process = pod.process(&request.id, &request.exec_id)?;
-    let signal = i32::try_from(request.signal).ok().filter(|s| (0..=64).contains(s)).ok_or_else(|| Failure::invalid(format!("signal {} does not exist", request.signal)))?;
+    let signal = i32::try_from(request.signal)
+        .ok()
+        .filter(|s| (0..=64).contains(s))
+        .ok_or_else(|| Failure::invalid(format!("signal {} does not exist", request.signal)))?;
     if request.all && request.exec_id.is_empty() {
-        let processes = container.cgroup.borrow().as_ref().map(sock_sandbox::cgroup::Cgroup::processes).transpose()?.unwrap_or_default();
+        let processes = container
+            .cgroup
+            .borrow()
+            .as_ref()
+            .map(sock_sandbox::cgroup::Cgroup::processes)
+            .transpose()?
+            .unwrap_or_default();
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         for pid in processes.into_iter().filter(|p| *p != own) {
             // SAFETY: sends a signal; the number was read from the container's cgroup just now.
@@ -25,14 +34,23 @@ pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Fa
         return Ok(Empty::new());
     }
     if process.phase() == Phase::Added {
-        return Err(Failure::precondition(format!("process {} was not started", request.exec_id)));
+        return Err(Failure::precondition(format!(
+            "process {} was not started",
+            request.exec_id
+        )));
     }
-    if request.exec_id.is_empty() && process.exited().is_none() && matches!(container.role, Role::Function(_)) {
+    if request.exec_id.is_empty()
+        && process.exited().is_none()
+        && matches!(container.role, Role::Function(_))
+    {
         return stop_function(container, signal);
     }
     process.signal(signal)?;
     Ok(Empty::new())
 }
+
+/// How long a Function's pod goes on accepting after it was asked to end.
+const ENDPOINTS_LINGER: std::time::Duration = std::time::Duration::from_millis(1500);
 
 /// The holder of a Function's container ends with the last request: a polite signal closes the door and lets those inside finish.
 /// kubelet sends SIGKILL when the grace period is over.
@@ -42,6 +60,9 @@ fn stop_function(container: Rc<Container>, signal: i32) -> Result<Empty, Failure
     } else if matches!(signal, libc::SIGTERM | libc::SIGINT | libc::SIGQUIT) {
         tokio::task::spawn_local(async move {
             if let Role::Function(function) = &container.role {
+                // The pod leaves the endpoints of its Service at the same time as it is told to end, and every node learns of
+                // it a moment later: until then connections still come.
+                tokio::time::sleep(ENDPOINTS_LINGER.min(function.timeout())).await;
                 function.stop(function.timeout()).await;
             }
             // It may have ended by itself meanwhile.
@@ -57,7 +78,10 @@ pub(super) async fn pause(pod: Rc<Pod>, request: PauseRequest) -> Result<Empty, 
         cgroup.freeze()?;
     }
     container.paused.set(true);
-    pod.events.publish(TaskPaused { container_id: request.id, ..TaskPaused::default() });
+    pod.events.publish(TaskPaused {
+        container_id: request.id,
+        ..TaskPaused::default()
+    });
     Ok(Empty::new())
 }
 
@@ -67,6 +91,9 @@ pub(super) async fn resume(pod: Rc<Pod>, request: ResumeRequest) -> Result<Empty
         cgroup.thaw()?;
     }
     container.paused.set(false);
-    pod.events.publish(TaskResumed { container_id: request.id, ..TaskResumed::default() });
+    pod.events.publish(TaskResumed {
+        container_id: request.id,
+        ..TaskResumed::default()
+    });
     Ok(Empty::new())
 }

@@ -35,7 +35,10 @@ pub struct Failure {
 
 impl Failure {
     fn new(code: ttrpc::Code, message: impl ToString) -> Self {
-        Self { code, message: message.to_string() }
+        Self {
+            code,
+            message: message.to_string(),
+        }
     }
     /// No such container or process, or it has ended.
     pub fn not_found(message: impl ToString) -> Self {
@@ -98,7 +101,11 @@ impl Jobs {
         Self(sender)
     }
 
-    async fn run<Q, R, F>(&self, request: Q, verb: impl FnOnce(Rc<Pod>, Q) -> F + Send + 'static) -> TtrpcResult<R>
+    async fn run<Q, R, F>(
+        &self,
+        request: Q,
+        verb: impl FnOnce(Rc<Pod>, Q) -> F + Send + 'static,
+    ) -> TtrpcResult<R>
     where
         Q: Send + 'static,
         R: Send + 'static,
@@ -110,7 +117,8 @@ impl Jobs {
                 let _ = answer.send(verb(pod, request).await);
             })
         });
-        let gone = || ttrpc::Error::from(Failure::new(ttrpc::Code::UNAVAILABLE, "the shim is ending"));
+        let gone =
+            || ttrpc::Error::from(Failure::new(ttrpc::Code::UNAVAILABLE, "the shim is ending"));
         self.0.send(job).map_err(|_| gone())?;
         Ok(answered.await.map_err(|_| gone())??)
     }

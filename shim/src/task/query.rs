@@ -3,8 +3,9 @@
 use std::rc::Rc;
 
 use containerd_shim::api::{
-    CheckpointTaskRequest, ConnectRequest, ConnectResponse, Empty, PidsRequest, PidsResponse, StateRequest, StateResponse, StatsRequest,
-    StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, ConnectRequest, ConnectResponse, Empty, PidsRequest, PidsResponse,
+    StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
+    WaitRequest, WaitResponse,
 };
 use containerd_shim::protos::protobuf::MessageDyn;
 use containerd_shim::protos::types::task::ProcessInfo;
@@ -40,7 +41,13 @@ pub(super) async fn state(pod: Rc<Pod>, request: StateRequest) -> Result<StateRe
 
 pub(super) async fn pids(pod: Rc<Pod>, request: PidsRequest) -> Result<PidsResponse, Failure> {
     let container = pod.container(&request.id)?;
-    let processes = container.cgroup.borrow().as_ref().map(sock_sandbox::cgroup::Cgroup::processes).transpose()?.unwrap_or_default();
+    let processes = container
+        .cgroup
+        .borrow()
+        .as_ref()
+        .map(sock_sandbox::cgroup::Cgroup::processes)
+        .transpose()?
+        .unwrap_or_default();
     let own = i32::try_from(std::process::id()).unwrap_or(0);
     let mut response = PidsResponse::new();
     response.set_processes(
@@ -63,7 +70,9 @@ pub(super) async fn checkpoint(_: Rc<Pod>, _: CheckpointTaskRequest) -> Result<E
 
 pub(super) async fn update(pod: Rc<Pod>, request: UpdateTaskRequest) -> Result<Empty, Failure> {
     let container = pod.container(&request.id)?;
-    let resources: oci_spec::runtime::LinuxResources = serde_json::from_slice(&request.resources.value).map_err(|e| Failure::invalid(format!("resources: {e}")))?;
+    let resources: oci_spec::runtime::LinuxResources =
+        serde_json::from_slice(&request.resources.value)
+            .map_err(|e| Failure::invalid(format!("resources: {e}")))?;
     if let Some(cgroup) = container.cgroup.borrow().as_ref() {
         cgroup.update(&resources)?;
     }
@@ -83,10 +92,16 @@ pub(super) async fn stats(pod: Rc<Pod>, request: StatsRequest) -> Result<StatsRe
     let container = pod.container(&request.id)?;
     let process = &container.init;
     if process.pid() == 0 || process.exited().is_some() {
-        return Err(Failure::not_found(format!("container {} is not running", request.id)));
+        return Err(Failure::not_found(format!(
+            "container {} is not running",
+            request.id
+        )));
     }
-    let failed = |e: containerd_shim::Error| Failure::unknown(format!("statistics of container {}: {e}", request.id));
-    let cgroup = containerd_shim::cgroup::get_cgroup(process.pid().unsigned_abs()).map_err(failed)?;
+    let failed = |e: containerd_shim::Error| {
+        Failure::unknown(format!("statistics of container {}: {e}", request.id))
+    };
+    let cgroup =
+        containerd_shim::cgroup::get_cgroup(process.pid().unsigned_abs()).map_err(failed)?;
     let metrics: Box<dyn MessageDyn> = if pod.hierarchies()?.unified() {
         Box::new(containerd_shim::cgroup::collect_metrics_v2(&cgroup).map_err(failed)?)
     } else {
@@ -97,7 +112,10 @@ pub(super) async fn stats(pod: Rc<Pod>, request: StatsRequest) -> Result<StatsRe
     Ok(response)
 }
 
-pub(super) async fn connect(pod: Rc<Pod>, request: ConnectRequest) -> Result<ConnectResponse, Failure> {
+pub(super) async fn connect(
+    pod: Rc<Pod>,
+    request: ConnectRequest,
+) -> Result<ConnectResponse, Failure> {
     let container = pod.container(&request.id)?;
     let mut response = ConnectResponse::new();
     response.set_shim_pid(std::process::id());

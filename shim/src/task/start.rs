@@ -25,7 +25,11 @@ pub(super) async fn start(pod: Rc<Pod>, request: StartRequest) -> Result<StartRe
     Ok(response)
 }
 
-async fn first(pod: &Rc<Pod>, container: Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
+async fn first(
+    pod: &Rc<Pod>,
+    container: Rc<Container>,
+    process: &Rc<Process>,
+) -> Result<(), Failure> {
     if let Err(e) = process.start().await {
         bury(process).await;
         return Err(e);
@@ -69,7 +73,11 @@ async fn first(pod: &Rc<Pod>, container: Rc<Container>, process: &Rc<Process>) -
     Ok(())
 }
 
-async fn further(pod: &Rc<Pod>, container: Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
+async fn further(
+    pod: &Rc<Pod>,
+    container: Rc<Container>,
+    process: &Rc<Process>,
+) -> Result<(), Failure> {
     if let Err(e) = super::exec::launch(&container, process).await {
         if process.pid() != 0 {
             bury(process).await;
