@@ -76,6 +76,8 @@ pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) ->
         }
         Birth::Spare => {
             let prepared = prepare(&mut Phases::default()).map_err(End::failed);
+            let prepared =
+                prepared.and_then(|()| runtime.reseed(py).map_err(|e| failed(py, runtime, &e)));
             let Ok(mut assigned) = protocol::receive::<bool>(&channel) else {
                 exit(py, runtime, 0)
             };
@@ -124,6 +126,14 @@ pub fn exit(py: Python<'_>, runtime: &Runtime, status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
+fn failed(py: Python<'_>, runtime: &Runtime, error: &PyErr) -> End {
+    let explained = runtime.explain(py, error);
+    End::Failed {
+        message: explained.line,
+        traceback: explained.traceback,
+    }
+}
+
 fn hello(control: &OwnedFd) -> Result<(), End> {
     protocol::send(control, &FromLeaf::Hello, &[]).map_err(End::from)
 }
@@ -168,17 +178,11 @@ fn become_leaf(
     // With a copy of its own listener it could answer itself.
     drop(listener);
 
-    let explain = |error: PyErr| {
-        let explained = runtime.explain(py, &error);
-        End::Failed {
-            message: explained.line,
-            traceback: explained.traceback,
-        }
-    };
+    let explain = |error: PyErr| failed(py, runtime, &error);
     runtime
         .enter(py, &setup.env, &setup.path, &setup.cwd, &setup.handler)
         .map_err(explain)?;
-    if birth != Birth::Interpreter {
+    if birth == Birth::Fork {
         runtime.reseed(py).map_err(explain)?;
     }
     let begin = Instant::now();

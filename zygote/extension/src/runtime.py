@@ -106,11 +106,8 @@ def enter(env, path, cwd, handler):
 
 
 def reseed():
-    """Generators that a fork has copied. `random` and OpenSSL look after a fork by themselves, but
-    OpenSSL goes by the process number, which is 1 in every leaf."""
-    ssl = sys.modules.get("_ssl")
-    if ssl is not None:
-        ssl.RAND_add(os.urandom(32), 32.0)
+    """Generators that a fork has copied. `random` looks after a fork by itself; so does OpenSSL, which
+    goes by the process number, and that of a leaf is 1 and never a zygote's."""
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         numpy.seed()
