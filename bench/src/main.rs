@@ -18,8 +18,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "usage:
-  sock-bench run [--requests N] [--rounds N] [--out FILE] [--keep]   the figures, as a table and as JSON
-  sock-bench node JOB                                   a part of it, run on a node";
+  sock-bench run [--requests N] [--rounds N] [--out FILE] [--no-trace] [--keep]
+      the figures, as a table and as JSON
+  sock-bench node JOB
+      a part of it, run on a node";
 
 fn main() -> ExitCode {
     match command(std::env::args().skip(1)) {
@@ -44,6 +46,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<run::Options> 
         requests: 300,
         rounds: 15,
         out: "target/bench.json".into(),
+        trace: true,
         keep: false,
     };
     while let Some(option) = arguments.next() {
@@ -56,6 +59,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<run::Options> 
             "--requests" => options.requests = count(&option, &value()?)?,
             "--rounds" => options.rounds = count(&option, &value()?)?,
             "--out" => options.out = value()?.into(),
+            "--no-trace" => options.trace = false,
             "--keep" => options.keep = true,
             _ => bail!("unknown option {option}\n{USAGE}"),
         }

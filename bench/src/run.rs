@@ -49,6 +49,8 @@ pub struct Options {
     pub rounds: usize,
     /// Where the figures go.
     pub out: PathBuf,
+    /// Show where the time goes, at the price of restarts of the node's containerd.
+    pub trace: bool,
     /// Leave what was made on the cluster, for the next run.
     pub keep: bool,
 }
@@ -60,37 +62,40 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let progress = Progress::start();
     let node = Node::first()?.equip()?;
-    let result = measure(options, &node, &progress);
+    let result = report(options, &node, &progress);
     if !options.keep {
         progress.step("removing what was measured");
-        cluster::kubectl(&[
+        let namespaces = [
             "delete",
             "namespace",
             NAMESPACE,
             PEERS,
             "--ignore-not-found",
             "--wait=false",
-        ])?;
+        ];
+        cluster::kubectl(&namespaces)?;
     }
-    let (figures, traces) = result?;
+    result
+}
+
+fn report(options: &Options, node: &Equipped, progress: &Progress) -> Result<()> {
+    let figures = measure(options, node, progress)?;
     println!("\n{}", figures_table(&figures));
-    for (name, sample, start) in &traces {
-        println!(
-            "Where the time of the median {name} went (origin: {}):\n",
-            start.origin
-        );
-        let rows = start.rows(sample).into_iter();
-        let rows: Vec<_> = rows
-            .map(|(step, micros)| vec![step, micros.to_string()])
-            .collect();
-        println!("{}", table(&["step", "µs"], &rows));
-    }
     if let Some(directory) = options.out.parent() {
         std::fs::create_dir_all(directory)?;
     }
     std::fs::write(&options.out, serde_json::to_string_pretty(&figures)? + "\n")
         .with_context(|| options.out.display().to_string())?;
     eprintln!("written: {}", options.out.display());
+    if options.trace {
+        for (name, sample, start) in traces(node, progress)? {
+            println!(
+                "\nWhere the time of the median {name} went (origin: {}):\n",
+                start.origin
+            );
+            println!("{}", start.table(&sample));
+        }
+    }
     Ok(())
 }
 
@@ -158,13 +163,7 @@ impl Code {
     }
 }
 
-type Traces = Vec<(&'static str, Sample, Start)>;
-
-fn measure(
-    options: &Options,
-    node: &Equipped,
-    progress: &Progress,
-) -> Result<(Vec<Figure>, Traces)> {
+fn measure(options: &Options, node: &Equipped, progress: &Progress) -> Result<Vec<Figure>> {
     let name = &*node.node.name;
     progress.step("PackageSets and Functions");
     cluster::apply(&[objects::tenant(NAMESPACE), objects::unrestricted(PEERS)])?;
@@ -303,15 +302,15 @@ fn measure(
         &durations(&burst_peer)?,
     ));
 
-    Ok((figures, traces(node, &forked, progress)?))
+    Ok(figures)
 }
 
 /// Separate from the figures: the shim writes a line for every leaf.
-fn traces(node: &Equipped, forked: &[Forked], progress: &Progress) -> Result<Traces> {
+fn traces(node: &Equipped, progress: &Progress) -> Result<Vec<(&'static str, Sample, Start)>> {
     progress.step("where the time goes");
     let tracing = Tracing::start(&node.node)?;
     let mut traces = Vec::new();
-    for each in forked {
+    for each in forked() {
         let pod = renewed(node, each.function)?;
         let samples = answered(
             node,
@@ -606,6 +605,7 @@ mod tests {
                 requests,
                 rounds: 15,
                 out: PathBuf::new(),
+                trace: false,
                 keep: false,
             };
             let shares = (0..options.rounds).map(|round| share(&options, round));

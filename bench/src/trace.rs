@@ -5,8 +5,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::cluster::Node;
 use crate::node::load::Sample;
+use crate::table::table;
 
 const DROP_IN: &str = "/run/systemd/system/containerd.service.d/sock-bench.conf";
+
+/// containerd finds the shim of a pod that ran before its restart by the runtime's name on its PATH.
+const LINK: &str = "/usr/local/bin/containerd-shim-sock-v1";
+const SHIM: &str = "/opt/sock/bin/containerd-shim-sock-v1";
 
 /// Microseconds that a line may be written after the answer: the leaf does not wait for the shim to
 /// hear that it is ready. Requests whose leaves are looked for are further apart.
@@ -25,7 +30,8 @@ impl Tracing {
         let tracing = Tracing { node: node.clone() };
         // A shim inherits the environment of containerd. What lies in /run is gone after a reboot.
         node.shell(&format!(
-            "mkdir -p $(dirname {DROP_IN}) && printf '[Service]\\nEnvironment=SOCK_LOG=debug,zbus=info\\n' >{DROP_IN} &&
+            "ln -sfn {SHIM} {LINK} && mkdir -p $(dirname {DROP_IN}) &&
+             printf '[Service]\\nEnvironment=SOCK_LOG=info,sock_shim::activation=debug\\n' >{DROP_IN} &&
              systemctl daemon-reload && systemctl restart containerd"
         ))?;
         Ok(tracing)
@@ -60,7 +66,7 @@ impl Drop for Tracing {
     fn drop(&mut self) {
         let undone = self.node.shell(&format!(
             "rm -f {DROP_IN} && rmdir --ignore-fail-on-non-empty $(dirname {DROP_IN}) &&
-             systemctl daemon-reload && systemctl restart containerd"
+             systemctl daemon-reload && systemctl restart containerd && rm -f {LINK}"
         ));
         if let Err(error) = undone {
             eprintln!("{} goes on to log every leaf: {error:#}", self.node.name);
@@ -88,9 +94,18 @@ pub struct Start {
 }
 
 impl Start {
-    /// Lines with what each step of a request took, the steps within a step indented.
+    /// A table of what each step of a request took.
     #[must_use]
-    pub fn rows(&self, request: &Sample) -> Vec<(String, u64)> {
+    pub fn table(&self, request: &Sample) -> String {
+        let rows = self.rows(request).into_iter();
+        let rows: Vec<_> = rows
+            .map(|(step, micros)| vec![step, micros.to_string()])
+            .collect();
+        table(&["step", "µs"], &rows)
+    }
+
+    /// Lines with what each step of a request took, the steps within a step indented.
+    fn rows(&self, request: &Sample) -> Vec<(String, u64)> {
         let row = |name: &str, micros| (name.to_owned(), micros);
         let waited = self
             .total
