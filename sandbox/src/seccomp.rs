@@ -440,7 +440,7 @@ mod tests {
     }
 
     fn holds(c: &LinuxSeccompArg, args: [u64; 6]) -> bool {
-        let (a, v) = (args[c.index() as usize], c.value());
+        let (a, v) = (args[c.index()], c.value());
         match c.op() {
             Op::ScmpCmpNe => a != v,
             Op::ScmpCmpLt => a < v,
