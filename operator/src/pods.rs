@@ -98,13 +98,14 @@ fn container_failure(status: &ContainerStatus) -> Option<String> {
                 || format!("exit code {}", terminated.exit_code),
                 |signal| format!("signal {signal}"),
             );
-            match (
-                terminated.message.as_deref().map(line),
-                terminated.reason.as_deref(),
-            ) {
-                (Some(message), _) if !message.is_empty() => message,
-                (_, Some(reason)) => format!("container {} ended: {reason}, {signal}", status.name),
-                _ => format!("container {} ended with {signal}", status.name),
+            let said = match (terminated.message.as_deref(), terminated.reason.as_deref()) {
+                (Some(message), Some("StartError")) => start_error(message),
+                (message, _) => message.map(line).unwrap_or_default(),
+            };
+            match terminated.reason.as_deref() {
+                _ if !said.is_empty() => said,
+                Some(reason) => format!("container {} ended: {reason}, {signal}", status.name),
+                None => format!("container {} ended with {signal}", status.name),
             }
         })
     };
@@ -145,6 +146,24 @@ pub fn line(message: &str) -> String {
         rest = stripped;
     }
     rest.chars().take(LONGEST).collect()
+}
+
+/// What the runtime said when a container could not be started. It comes first; kubelet appends the container's log
+/// after a colon, whose first line is the head of a traceback, or says the same again.
+fn start_error(message: &str) -> String {
+    let first = line(
+        message
+            .lines()
+            .find(|line| !line.trim().is_empty())
+            .unwrap_or_default(),
+    );
+    let own = first
+        .strip_suffix(": Traceback (most recent call last):")
+        .unwrap_or(&first);
+    let again = own
+        .match_indices(": ")
+        .find(|(at, colon)| own[..*at].ends_with(&own[at + colon.len()..]));
+    own[..again.map_or(own.len(), |(at, _)| at)].to_owned()
 }
 
 /// Takes one wrapping off, if there is one.
@@ -215,6 +234,25 @@ mod tests {
             failure(&pod).unwrap(),
             "ModuleNotFoundError: No module named 'panda' (app.py:1)"
         );
+    }
+
+    #[test]
+    fn the_log_that_kubelet_appends_to_a_failed_start_is_left_out() {
+        for (message, expected) in [
+            (
+                "failed to start containerd task \"3f\": handler app.handler: ModuleNotFoundError: No module named 'nosuch' (/srv/function/app.py, line 1): Traceback (most recent call last):\n  File \"/srv/function/app.py\", line 1, in <module>\nModuleNotFoundError: No module named 'nosuch'\n",
+                "handler app.handler: ModuleNotFoundError: No module named 'nosuch' (/srv/function/app.py, line 1)",
+            ),
+            (
+                "failed to start containerd task \"5a\": PackageSet p: x: ImportError: no x: ImportError: no x\nTraceback (most recent call last):\n",
+                "PackageSet p: x: ImportError: no x",
+            ),
+        ] {
+            let ended = json!({ "terminated": { "exitCode": 128, "reason": "StartError", "message": message } });
+            let waits = json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+            let pod = pod(json!({ "containerStatuses": container(waits, ended) }));
+            assert_eq!(failure(&pod).unwrap(), expected);
+        }
     }
 
     #[test]
