@@ -1,7 +1,7 @@
 //! Lean sandboxes on Linux: namespaces, root file systems, cgroups, capabilities, seccomp, and the
 //! processes inside them, after OCI's runtime specification.
 //!
-//! A container's first process is made in two halves. [`launch`] starts a child that waits; the caller puts it into
+//! A container's first process is made in two halves. [`launch()`] starts a child that waits; the caller puts it into
 //! its [`cgroup`], lets it build its root, and starts the program when told to. All of it
 //! runs in a process with one thread: the child goes on in Rust after the fork.
 //!
