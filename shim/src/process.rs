@@ -156,6 +156,9 @@ impl Process {
 
     /// Waits until the kernel says it has ended, and reaps it. Tells nobody: see [`Process::finish`].
     pub async fn reap(&self) -> Exit {
+        if let Some(exit) = self.exited() {
+            return exit;
+        }
         let pidfd = self.pidfd.borrow().clone();
         let mut status = 255;
         if let Some(pidfd) = pidfd {

@@ -34,23 +34,7 @@ async fn first(
         bury(process).await;
         return Err(e);
     }
-    let ready = match &container.role {
-        Role::Zygote(zygote) => {
-            // Its end is followed while it warms up, but told only if the start was.
-            let ended = tokio::task::spawn_local({
-                let process = process.clone();
-                async move {
-                    let exit = process.reap().await;
-                    process.finish(exit);
-                }
-            });
-            let ready = zygote.warm_up(&container.sandbox, process).await;
-            ended.abort();
-            ready
-        }
-        Role::Function(function) => function.activate(&container).await,
-        _ => Ok(()),
-    };
+    let ready = get_ready(&container, process).await;
     if let Err(e) = ready {
         if process.exited().is_none() {
             let _ = process.signal(libc::SIGKILL);
@@ -71,6 +55,38 @@ async fn first(
     // Only now: its end must not be told before its start.
     pod.watch(container, process.clone());
     Ok(())
+}
+
+/// What is left to do of a start when the first process runs: until then nobody is told of it. A process that ends
+/// meanwhile, because it was killed or by itself, ends the start too.
+async fn get_ready(container: &Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
+    let prepare = async {
+        match &container.role {
+            Role::Zygote(zygote) => zygote.warm_up(&container.sandbox, process).await,
+            Role::Function(function) => function.activate(container).await,
+            Role::Sandbox | Role::Plain | Role::Installer(_) => Ok(()),
+        }
+    };
+    if matches!(
+        container.role,
+        Role::Sandbox | Role::Plain | Role::Installer(_)
+    ) {
+        return prepare.await;
+    }
+    let ended = tokio::task::spawn_local({
+        let process = process.clone();
+        async move {
+            let exit = process.reap().await;
+            process.finish(exit);
+        }
+    });
+    let ready = tokio::select! {
+        biased;
+        ready = prepare => ready,
+        exit = process.wait() => Err(Failure::unknown(format!("ended with status {} before it was ready", exit.status))),
+    };
+    ended.abort();
+    ready
 }
 
 async fn further(
