@@ -114,27 +114,30 @@ pub struct Node {
 }
 
 impl Node {
-    /// The first by name.
+    /// All, by name.
     ///
     /// # Errors
     /// If there is none.
-    pub fn first() -> Result<Node> {
+    pub fn all() -> Result<Vec<Node>> {
         let list = get(&["nodes", "-l", "sock.dev/node=ready"])?;
         let nodes = list["items"]
             .as_array()
             .map(Vec::as_slice)
             .unwrap_or_default();
-        let mut names: Vec<&str> = nodes
+        let names = nodes
             .iter()
-            .filter_map(|node| node["metadata"]["name"].as_str())
-            .collect();
+            .filter_map(|node| node["metadata"]["name"].as_str());
+        let mut names: Vec<&str> = names.collect();
         names.sort_unstable();
-        let name = names
-            .first()
-            .context("sock is installed on no node; `make install` installs it")?;
-        Ok(Node {
-            name: (*name).to_owned(),
-        })
+        if names.is_empty() {
+            bail!("sock is installed on no node; `make install` installs it");
+        }
+        Ok(names
+            .into_iter()
+            .map(|name| Node {
+                name: name.to_owned(),
+            })
+            .collect())
     }
 
     /// Runs a shell command there.

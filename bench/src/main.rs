@@ -3,7 +3,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod cluster;
+mod demo;
 mod http;
+mod measure;
 mod node;
 mod objects;
 mod peers;
@@ -20,6 +22,8 @@ use anyhow::{Context, Result, bail};
 const USAGE: &str = "usage:
   sock-bench run [--requests N] [--rounds N] [--out FILE] [--no-trace] [--keep]
       the figures, as a table and as JSON
+  sock-bench demo NAMESPACE REQUESTS
+      each Function of the namespace that the file REQUESTS has a request for, beside the same code on runc
   sock-bench node JOB
       a part of it, run on a node";
 
@@ -36,6 +40,10 @@ fn main() -> ExitCode {
 fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     match arguments.next().as_deref() {
         Some("run") => run::run(&options(arguments)?),
+        Some("demo") => match (arguments.next(), arguments.next()) {
+            (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
+            _ => bail!(USAGE),
+        },
         Some("node") => node::run(&arguments.next().context(USAGE)?),
         _ => bail!(USAGE),
     }

@@ -61,6 +61,10 @@ pub struct Peer<'a> {
     pub handler: &'a str,
     /// Directory of the installed packages on the node.
     pub packages: Option<&'a str>,
+    /// `env` of a container: same as the Function's, or null.
+    pub env: &'a Value,
+    /// `resources` of a container: same as the Function's, or null.
+    pub resources: &'a Value,
 }
 
 impl Peer<'_> {
@@ -116,6 +120,7 @@ impl Peer<'_> {
             json!({"name": "code", "mountPath": "/srv/function"}),
         ];
         let mut env = vec![json!({"name": "SOCK_PEER_SOURCE", "value": "/srv/function"})];
+        env.extend(self.env.as_array().into_iter().flatten().cloned());
         if let Some(packages) = self.packages {
             volumes.push(
                 json!({"name": "packages", "hostPath": {"path": packages, "type": "Directory"}}),
@@ -133,7 +138,7 @@ impl Peer<'_> {
             "containers": [{
                 "name": "peer", "image": self.image, "imagePullPolicy": "IfNotPresent",
                 "command": ["python3", "/srv/peer/server.py", self.handler, PORT.to_string()],
-                "env": env, "volumeMounts": mounts,
+                "env": env, "volumeMounts": mounts, "resources": self.resources,
                 "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 5},
                 "securityContext": {"allowPrivilegeEscalation": false, "seccompProfile": {"type": "RuntimeDefault"}},
             }],
@@ -154,6 +159,8 @@ mod tests {
             image: IMAGE,
             handler: "app.handler",
             packages: Some("/var/lib/sock/cache/t/l/site-packages"),
+            env: &Value::Null,
+            resources: &Value::Null,
         };
         let pod = peer.pod("p-1");
         let volume = &pod["spec"]["volumes"][2];
@@ -181,6 +188,8 @@ mod tests {
             image: IMAGE,
             handler: "a.b",
             packages: None,
+            env: &Value::Null,
+            resources: &Value::Null,
         };
         let [server, code] =
             peer.config_maps(&json!({"data": {"a.py": ""}, "binaryData": {"m": "AA=="}}));

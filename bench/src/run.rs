@@ -1,16 +1,18 @@
 //! The benchmark: sock and its peers on one node, alternately, in one run.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::cluster::{self, Equipped, Node, Pod};
 use crate::http::Request;
-use crate::node::load::{Connections, Load, Outcome, Sample};
-use crate::node::memory::{self, Memory};
-use crate::objects::{self, IMAGE, PORT, Peer};
+use crate::measure::{
+    answered, durations, load, megabytes, millis, packages_directory, weigh, when_idle,
+};
+use crate::node::load::{Connections, Sample};
+use crate::node::memory::Memory;
+use crate::objects::{self, IMAGE, Peer};
 use crate::peers;
 use crate::progress::Progress;
 use crate::stats::{Figure, Samples};
@@ -24,16 +26,12 @@ const PREDICT: &str = include_str!("../functions/predict.py");
 const SCIENCE: &str = include_str!("../../e2e/images/requirements-science.txt");
 
 const WARM_UP: usize = 20;
-/// Between requests on new connections, so that the end of one leaf, which takes the kernel
-/// milliseconds, and the fork of the next spare are not in the next request.
-const PAUSE_MILLIS: u64 = 50;
 const IDLE_PODS: usize = 10;
 const BURST: usize = 100;
 const BURSTS: usize = 3;
 const TRACED: usize = 30;
 /// A Function here is idle soon.
 const END_AFTER_MILLIS: u64 = 2000;
-const UNTIL_IDLE: Duration = Duration::from_secs(60);
 
 const FIRST: &str = "the same container on runc, from its start to its first answer";
 const KEPT: &str = "Python's http.server on runc, kept connection";
@@ -61,7 +59,7 @@ pub struct Options {
 /// If something cannot be made or measured, or a request was not answered rightly.
 pub fn run(options: &Options) -> Result<()> {
     let progress = Progress::start();
-    let node = Node::first()?.equip()?;
+    let node = Node::all()?.swap_remove(0).equip()?;
     let result = report(options, &node, &progress);
     if !options.keep {
         progress.step("removing what was measured");
@@ -172,7 +170,7 @@ fn measure(options: &Options, node: &Equipped, progress: &Progress) -> Result<Ve
         cluster::wait_until("Ready", NAMESPACE, &format!("packageset/{}", set.0), 300)?;
     }
     cluster::apply(&functions())?;
-    let packages = packages_directory("science")?;
+    let packages = packages_directory(NAMESPACE, "science")?;
     let hello_peer = peer("hello", name, None);
     let predict_peer = peer("predict", name, Some(&packages));
     for (peer, code) in [(&hello_peer, HELLO), (&predict_peer, PREDICT)] {
@@ -471,20 +469,9 @@ fn peer<'a>(name: &'a str, node: &'a str, packages: Option<&'a str>) -> Peer<'a>
         image: IMAGE,
         handler: "app.handler",
         packages,
+        env: &Value::Null,
+        resources: &Value::Null,
     }
-}
-
-/// Where the node keeps what a PackageSet of this namespace has installed.
-fn packages_directory(set: &str) -> Result<String> {
-    let namespace = cluster::get(&["namespace", NAMESPACE])?;
-    let set = cluster::get(&["packageset", "-n", NAMESPACE, set])?;
-    let tenant = namespace["metadata"]["uid"]
-        .as_str()
-        .context("a namespace without a UID")?;
-    let lock = set["status"]["readyLock"]
-        .as_str()
-        .context("a PackageSet without status.readyLock")?;
-    Ok(format!("/var/lib/sock/cache/{tenant}/{lock}/site-packages"))
 }
 
 fn pods_of(node: &Equipped, function: &str, count: usize) -> Result<Vec<Pod>> {
@@ -498,100 +485,10 @@ fn pods_of(node: &Equipped, function: &str, count: usize) -> Result<Vec<Pod>> {
     Ok(pods)
 }
 
-/// Waits until no pod holds an interpreter.
-fn when_idle(node: &Equipped, pods: &[Pod]) -> Result<Vec<Memory>> {
-    let deadline = Instant::now() + UNTIL_IDLE;
-    loop {
-        let memory = weigh(node, pods)?;
-        if !memory.iter().any(holds_interpreter) {
-            return Ok(memory);
-        }
-        if Instant::now() > deadline {
-            bail!(
-                "interpreters are left in idle pods after {} s: {memory:?}",
-                UNTIL_IDLE.as_secs()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(500));
-    }
-}
-
-fn holds_interpreter(memory: &Memory) -> bool {
-    memory
-        .processes
-        .keys()
-        .any(|name| name.starts_with("python"))
-}
-
-fn weigh(node: &Equipped, pods: &[Pod]) -> Result<Vec<Memory>> {
-    let pods: Vec<memory::Pod> = pods
-        .iter()
-        .map(|pod| memory::Pod {
-            uid: pod.uid.clone(),
-        })
-        .collect();
-    node.job("memory", &pods)
-}
-
-fn load(
-    pod: &Pod,
-    request: Request,
-    connections: Connections,
-    warm_up: usize,
-    requests: usize,
-) -> Load {
-    let pause_millis = if connections == Connections::New {
-        PAUSE_MILLIS
-    } else {
-        0
-    };
-    let address = (pod.address, PORT).into();
-    Load {
-        address,
-        request,
-        connections,
-        warm_up,
-        requests,
-        pause_millis,
-    }
-}
-
-fn answered(node: &Equipped, load: &Load) -> Result<Vec<Sample>> {
-    let outcome: Outcome = node.job("load", load)?;
-    if let Some(wrong) = outcome.wrong.first() {
-        bail!(
-            "{} of {} requests were not answered rightly; the first: {wrong}",
-            outcome.wrong.len(),
-            load.requests
-        );
-    }
-    Ok(outcome.samples)
-}
-
 /// The requests of one round, so that all rounds together have all.
 fn share(options: &Options, round: usize) -> usize {
     let until = |round| options.requests * round / options.rounds;
     until(round + 1) - until(round)
-}
-
-fn durations(samples: &[Sample]) -> Result<Samples> {
-    Samples::new(samples.iter().map(|sample| millis(sample.took)).collect()).context("no samples")
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "microseconds of a request are far below 2^52"
-)]
-fn millis(micros: u64) -> f64 {
-    micros as f64 / 1000.0
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "bytes of a pod are far below 2^52"
-)]
-fn megabytes(pods: &[Memory], of: impl Fn(&Memory) -> u64) -> Result<Samples> {
-    Samples::new(pods.iter().map(|memory| of(memory) as f64 / 1e6).collect()).context("no pods")
 }
 
 #[cfg(test)]

@@ -37,6 +37,12 @@ impl Tracing {
         Ok(tracing)
     }
 
+    /// Whether it is this node's.
+    #[must_use]
+    pub fn is_on(&self, node: &Node) -> bool {
+        self.node.name == node.name
+    }
+
     /// The start of the leaf that each sample made, for the samples that made one.
     ///
     /// # Errors
@@ -125,7 +131,7 @@ impl Start {
         );
         rows.extend([
             row("import of the handler", self.import),
-            row("messages between shim and leaf", waited),
+            row("reseeding, messages between shim and leaf", waited),
             row(
                 "connection, handler, answer",
                 request.took.saturating_sub(self.total),

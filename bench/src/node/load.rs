@@ -111,6 +111,19 @@ pub fn run(load: &Load) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// The answer to one request.
+///
+/// # Errors
+/// If there is none, or its status is not 200.
+pub fn call(load: &Load) -> Result<String> {
+    let answer = Connection::open(load.address)?.ask(&load.request.number(0))?;
+    let body = String::from_utf8(answer.body)?;
+    if answer.status != 200 {
+        bail!("status {}, body {body:?}", answer.status);
+    }
+    Ok(body)
+}
+
 fn pause(load: &Load) {
     std::thread::sleep(Duration::from_millis(load.pause_millis));
 }

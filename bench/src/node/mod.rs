@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 /// If there is no such job, the document is not the job's, or the job fails.
 pub fn run(job: &str) -> Result<()> {
     match job {
+        "call" => answer(|asked| load::call(&asked)),
         "load" => answer(|asked| load::run(&asked)),
         "first-answer" => answer(|asked| first_answer::run(&asked)),
         "memory" => answer(|asked: Vec<memory::Pod>| memory::run(&asked)),
