@@ -182,6 +182,7 @@ firewall_drop_empty_tables() {
   nft list tables | sort | comm -13 "$STATE/host/nft-tables" - | while read -r _ table; do
     # shellcheck disable=SC2086 # family and name are two words
     rules=$(nft list table $table) || continue
+    # shellcheck disable=SC2086 # likewise
     grep -qE '^\s+(ip|ip6|meta|ct|iif|oif|jump|counter|xt|tcp|udp)\b' <<<"$rules" || nft delete table $table
   done
 }

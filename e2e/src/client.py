@@ -119,7 +119,8 @@ def stop(name):
     return dict(counts)
 
 
-commands = {f.__name__.rstrip("_"): f for f in (once, open_, request, send, receive, silence, speak, burst, load, count, stop)}
+known = (once, open_, request, send, receive, silence, speak, burst, load, count, stop)
+commands = {function.__name__.rstrip("_"): function for function in known}
 for line in sys.stdin:
     command, arguments = json.loads(line)
     try:
