@@ -3,10 +3,17 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help build payload extension images cluster install lint unit guest e2e test clean distclean
+.PHONY: help demo bench build payload extension images cluster install lint unit guest e2e test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: install ## a cluster with sock and the examples, each called and measured beside the same code on runc
+	e2e/demo
+
+bench: install ## figures beside those of peers: a table, and target/bench.json
+	cargo build --locked --release -p sock-bench
+	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
 
 build: ## every program, for this machine
 	cargo build --locked --release
