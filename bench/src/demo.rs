@@ -142,11 +142,12 @@ fn one(
 
     progress.step(&format!("{name}: {REQUESTS} requests, a fork for each"));
     let fresh = fresh_name(name);
-    // A request of its own would keep the Function's own leaf; with this one, each request forks.
+    // The Function itself goes on with the leaf that it has; this copy of it forks for each request, and is idle soon.
     remove(namespace, &fresh)?;
     let mut spec = function["spec"].clone();
     spec["reuse"] = "Never".into();
     spec["replicas"] = 1.into();
+    spec["idle"] = json!({"freezeAfterMs": 1000, "endAfterMs": 2000});
     cluster::apply(&[objects::function(namespace, &fresh, &spec)])?;
     cluster::wait_until("Ready", namespace, &format!("function/{fresh}"), 120)?;
     let pod = any_pod(namespace, &fresh)?;
