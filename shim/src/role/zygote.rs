@@ -100,6 +100,11 @@ impl ZygoteContainer {
         }
         add_payload(spec, packages)?;
         add_env(spec, "SOCK_CONTROL_FD", "3");
+        let tuned = spec.process().as_ref().and_then(|p| p.env().as_ref());
+        if !tuned.is_some_and(|env| env.iter().any(|e| e.starts_with("GLIBC_TUNABLES="))) {
+            // malloc asks for huge pages (glibc 2.35; another C library passes it over): a fork copies fewer entries of page tables.
+            add_env(spec, "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
+        }
         let user = spec.process().as_ref().map(|p| UserMapping {
             uid: p.user().uid(),
             gid: p.user().gid(),

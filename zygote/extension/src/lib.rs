@@ -8,6 +8,7 @@ mod filter;
 mod fork;
 mod http;
 mod leaf;
+mod pages;
 mod python;
 mod stream;
 mod zygote;

@@ -117,6 +117,7 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         threads = now;
     }
     runtime.settle(py).map_err(|e| refuse("", &e))?;
+    crate::pages::collapse();
     Ok(FromZygote::Ready {
         import_micros: micros(start),
         modules,

@@ -1,0 +1,74 @@
+//! Huge pages under what was imported.
+//!
+//! A fork copies a page table entry for every 4 KiB of the zygote's memory, one for every 2 MiB where
+//! that lies on a huge page. Nothing is written there any more until a leaf does, which then splits
+//! what it touches.
+
+use std::fs::read_to_string;
+
+const HUGE: usize = 2 << 20;
+/// `MADV_COLLAPSE` (madvise(2)), since Linux 6.1.
+const COLLAPSE: libc::c_int = 25;
+
+/// Asks for huge pages under all private anonymous memory of this process. What the kernel does not
+/// give stays as it is.
+pub fn collapse() {
+    let Ok(maps) = read_to_string("/proc/self/maps") else {
+        return;
+    };
+    for (from, to) in maps.lines().filter_map(anonymous) {
+        let (from, to) = (from.next_multiple_of(HUGE), to / HUGE * HUGE);
+        if from < to {
+            // SAFETY: collapsing changes where memory lies, not what it holds; the range was read from
+            // this process's own map, and no other thread is there to change it.
+            unsafe { libc::madvise(from as *mut libc::c_void, to - from, COLLAPSE) };
+        }
+    }
+}
+
+/// The range of a line of `/proc/self/maps` (proc_pid_maps(5)), if it is writable, private and of no file.
+fn anonymous(line: &str) -> Option<(usize, usize)> {
+    let mut fields = line.split_whitespace();
+    let (range, access, _offset, _device, inode) = (
+        fields.next()?,
+        fields.next()?,
+        fields.next()?,
+        fields.next()?,
+        fields.next()?,
+    );
+    if access != "rw-p"
+        || inode != "0"
+        || fields.next().is_some_and(|name| name.starts_with("[stack"))
+    {
+        return None;
+    }
+    let (from, to) = range.split_once('-')?;
+    Some((
+        usize::from_str_radix(from, 16).ok()?,
+        usize::from_str_radix(to, 16).ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::anonymous;
+
+    #[test]
+    fn only_private_anonymous_memory_counts() {
+        assert_eq!(
+            anonymous("7f00-8f00 rw-p 00000000 00:00 0 "),
+            Some((0x7f00, 0x8f00))
+        );
+        assert_eq!(
+            anonymous("7f00-8f00 rw-p 00000000 00:00 0 [heap]"),
+            Some((0x7f00, 0x8f00))
+        );
+        assert_eq!(anonymous("7f00-8f00 rw-p 00000000 00:00 0 [stack]"), None);
+        assert_eq!(anonymous("7f00-8f00 r-xp 00000000 00:00 0 "), None);
+        assert_eq!(
+            anonymous("7f00-8f00 rw-p 00001000 fe:00 77 /usr/lib/libc.so.6"),
+            None
+        );
+        assert_eq!(anonymous("nonsense"), None);
+    }
+}
