@@ -9,9 +9,8 @@ use crate::table::table;
 
 const DROP_IN: &str = "/run/systemd/system/containerd.service.d/sock-bench.conf";
 
-/// containerd finds the shim of a pod that ran before its restart by the runtime's name on its PATH.
-const LINK: &str = "/usr/local/bin/containerd-shim-sock-v1";
-const SHIM: &str = "/opt/sock/bin/containerd-shim-sock-v1";
+/// A measurement by an earlier version that was cut short left a link to the shim here, on containerd's PATH.
+const STALE: &str = "/usr/local/bin/containerd-shim-sock-v1";
 
 /// Microseconds that a line may be written after the answer: the leaf does not wait for the shim to
 /// hear that it is ready. Requests whose leaves are looked for are further apart.
@@ -30,7 +29,7 @@ impl Tracing {
         let tracing = Tracing { node: node.clone() };
         // A shim inherits the environment of containerd. What lies in /run is gone after a reboot.
         node.shell(&format!(
-            "ln -sfn {SHIM} {LINK} && mkdir -p $(dirname {DROP_IN}) &&
+            "rm -f {STALE} && mkdir -p $(dirname {DROP_IN}) &&
              printf '[Service]\\nEnvironment=SOCK_LOG=info,sock_shim::activation=debug\\n' >{DROP_IN} &&
              systemctl daemon-reload && systemctl restart containerd"
         ))?;
@@ -72,7 +71,7 @@ impl Drop for Tracing {
     fn drop(&mut self) {
         let undone = self.node.shell(&format!(
             "rm -f {DROP_IN} && rmdir --ignore-fail-on-non-empty $(dirname {DROP_IN}) &&
-             systemctl daemon-reload && systemctl restart containerd && rm -f {LINK}"
+             systemctl daemon-reload && systemctl restart containerd"
         ));
         if let Err(error) = undone {
             eprintln!("{} goes on to log every leaf: {error:#}", self.node.name);
