@@ -23,7 +23,9 @@ def handler(event, context):
     answers = [
         {
             "species": str(MODEL.classes_[chances.argmax()]),
-            "probabilities": {str(name): round(float(chance), 4) for name, chance in zip(MODEL.classes_, chances)},
+            "probabilities": {
+                str(name): round(float(chance), 4) for name, chance in zip(MODEL.classes_, chances, strict=True)
+            },
         }
         for chances in MODEL.predict_proba(table)
     ]

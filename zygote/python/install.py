@@ -84,7 +84,9 @@ def reason(text, index):
         name, expected, got = mismatch.groups()
         return f"requirement {name}: hash is {got.strip()}, expected {expected.strip()}"
     source = index or "the default index"
-    missing = re.search(r"(?:Because|because) (\S+?) was not found in the (?:package registry|provided package locations)", flat)
+    missing = re.search(
+        r"(?:Because|because) (\S+?) was not found in the (?:package registry|provided package locations)", flat
+    )
     if missing:
         return f"requirement {missing.group(1)}: not found in {source}"
     version = re.search(r"(?:Because|because) there is no version of (\S+)", flat)
@@ -92,8 +94,11 @@ def reason(text, index):
         return f"requirement {version.group(1)}: no such version in {source}"
     wheels = re.search(r"(?:Because|because) (\S+) has no (?:usable )?wheels.*?(?:platform|Python|ABI|usable)", flat)
     if wheels:
-        return f"requirement {wheels.group(1)}: {source} has no wheel for this Python and platform, and sources are not built"
-    unhashed = re.search(r"(?:all requirements must have a hash|all requirements must have their versions pinned).*?: (\S+)", flat)
+        name = wheels.group(1)
+        return f"requirement {name}: {source} has no wheel for this Python and platform, and sources are not built"
+    unhashed = re.search(
+        r"(?:all requirements must have a hash|all requirements must have their versions pinned).*?: (\S+)", flat
+    )
     if unhashed:
         return f"requirement {unhashed.group(1)}: must be pinned with == and carry a --hash"
     return flat[flat.find("error: ") :].removeprefix("error: ") or "uv failed and said nothing"

@@ -51,8 +51,8 @@ def settle():
     global _pools
     if "numpy" in sys.modules:
         _pools = _find_pools()
-    # The cache describes directories of this image, and a leaf has another root. What a leaf would throw away is thrown away here: freeing hundreds of strings of directory
-    # listings copies every page that holds one.
+    # The cache describes directories of this image, and a leaf has another root. What a leaf would throw away is
+    # thrown away here: freeing hundreds of strings of directory listings copies every page that holds one.
     sys.path_importer_cache.clear()
     os.environ.clear()
     import gc
@@ -140,9 +140,7 @@ def load(handler, path):
         __import__(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise HandlerError(
-                f"handler {handler!r}: there is no module {error.name!r} in {', '.join(path)}"
-            ) from None
+            raise HandlerError(f"handler {handler!r}: there is no module {error.name!r} in {', '.join(path)}") from None
         raise
     module = sys.modules[name]
     where = getattr(module, "__file__", None) or "built in"
@@ -230,8 +228,10 @@ def call(handler, event, context):
     except BaseException as error:
         _, text = explain(error)
         print(text, file=sys.stderr, end="" if text.endswith("\n") else "\n")
-        return 500, [("content-type", "application/json")], _json(
-            {"error": str(error), "type": type(error).__name__, "requestId": context.request_id}
+        return (
+            500,
+            [("content-type", "application/json")],
+            _json({"error": str(error), "type": type(error).__name__, "requestId": context.request_id}),
         )
 
 
