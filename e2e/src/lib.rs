@@ -12,5 +12,5 @@ mod wait;
 pub use client::{Answer, Client, Load};
 pub use cluster::{apply, get, kubectl, kubectl_with, program};
 pub use namespace::{Namespace, Security, in_namespace, in_namespace_of};
-pub use node::{Node, Process, workers};
+pub use node::{Node, Process, is_of_pod, workers};
 pub use wait::{MINUTE, until};

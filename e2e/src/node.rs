@@ -8,13 +8,13 @@ use serde_json::Value;
 
 use crate::cluster::{get, output, program};
 
-/// Prints a line a process: number, program, namespaces, cgroup, status, arguments; parts end with a tab.
+/// Prints a line a process: number, program, namespaces, cgroups, status, arguments; parts end with a tab.
 const DESCRIBE: &str = r#"
 describe() {
   [ -r "/proc/$1/status" ] || return 0
   printf '%s\t%s\t' "$1" "$(readlink "/proc/$1/exe")"
   for each in user pid net mnt; do printf '%s\t' "$(readlink "/proc/$1/ns/$each")"; done
-  printf '%s\t' "$(awk -F: '$2 == "freezer" { freezer = $3 } $1 == 0 { unified = $3 } END { print freezer == "" ? unified : freezer }' "/proc/$1/cgroup")"
+  printf '%s\t' "$(tr '\n' ';' <"/proc/$1/cgroup")"
   printf '%s\t' "$(grep -E '^(PPid|NSpid|Uid|Groups|Cap...|NoNewPrivs|Seccomp|Seccomp_filters):' "/proc/$1/status" | tr '\t' ' ' | tr '\n' ';')"
   tr '\0\n\t' '   ' <"/proc/$1/cmdline"
   echo
@@ -43,8 +43,8 @@ pub struct Process {
     pub network_namespace: String,
     /// Its mount namespace.
     pub mount_namespace: String,
-    /// Its path in the hierarchy that freezes.
-    pub cgroup: String,
+    /// Its path in each cgroup hierarchy that accounts, by the hierarchy's controllers.
+    pub cgroups: HashMap<String, String>,
     /// Lines of `/proc/PID/status`.
     pub status: HashMap<String, String>,
     /// Its arguments.
@@ -57,6 +57,16 @@ impl Process {
         Path::new(&self.exe)
             .file_name()
             .is_some_and(|name| name.to_string_lossy().starts_with("python"))
+    }
+
+    /// Its path in the hierarchy that freezes.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn freezer(&self) -> Result<&str> {
+        let found = self.cgroups.get("freezer").or_else(|| self.cgroups.get(""));
+        let found = found.with_context(|| format!("a freezer for process {}", self.pid))?;
+        Ok(found)
     }
 
     /// A line of its status.
@@ -160,18 +170,19 @@ impl Node {
         parse(&self.shell(&script, &pids)?)
     }
 
-    /// Every process in the cgroups of a pod.
+    /// Every process in the cgroups of a pod, in the hierarchies that [`accounting`] leaves.
     ///
     /// # Errors
     /// The node does not answer.
     pub fn processes_of(&self, pod: &Value) -> Result<Vec<Process>> {
         let uid = pod["metadata"]["uid"].as_str().context("metadata.uid")?;
-        // With systemd's driver the dashes of the UID are underscores.
         let script = format!(
-            "{DESCRIBE}\nfor pid in $(find /sys/fs/cgroup -name cgroup.procs \\( -path \"*pod$1*\" -o -path \"*pod$2*\" \\) \
-             -exec cat {{}} + 2>/dev/null | sort -un); do describe \"$pid\"; done"
+            r#"{DESCRIBE}
+            idle=$(awk '$3 == "cgroup" {{ one = 1 }} $3 == "cgroup2" && $2 ~ "^/sys/fs/cgroup" {{ two = $2 }} END {{ if (one) print two }}' /proc/mounts)
+            for pid in $(find /sys/fs/cgroup -path "${{idle:-none}}" -prune -o -name cgroup.procs \( -path "*pod$1*" -o -path "*pod$2*" \) \
+              -exec cat {{}} + 2>/dev/null | sort -un); do describe "$pid"; done"#
         );
-        parse(&self.shell(&script, &[uid, &uid.replace('-', "_")])?)
+        parse(&self.shell(&script, &[uid, &with_underscores(uid)])?)
     }
 
     /// The interpreters among them.
@@ -206,7 +217,7 @@ impl Node {
         let script = r#"
             if [ -e "/sys/fs/cgroup/freezer$1/freezer.state" ]; then grep -c FROZEN "/sys/fs/cgroup/freezer$1/freezer.state"
             else grep -c 'frozen 1' "/sys/fs/cgroup$1/cgroup.events"; fi || true"#;
-        Ok(self.shell(script, &[&process.cgroup])?.trim() == "1")
+        Ok(self.shell(script, &[process.freezer()?])?.trim() == "1")
     }
 
     /// Copies a program of the tests to the node, if it is not there, and returns its path.
@@ -223,14 +234,39 @@ impl Node {
     }
 }
 
+/// The UID of a pod as systemd's cgroup driver writes it.
+fn with_underscores(uid: &str) -> String {
+    uid.replace('-', "_")
+}
+
+/// Whether a path among cgroups is of the pod with this UID.
+pub fn is_of_pod(path: &str, uid: &str) -> bool {
+    path.contains(uid) || path.contains(&with_underscores(uid))
+}
+
+/// The lines of `/proc/PID/cgroup` whose hierarchies account: where version 1 has the controllers, the
+/// `0::` line names one without, and membership there means nothing.
+fn accounting(lines: &[&str]) -> HashMap<String, String> {
+    let version_1 = lines.iter().any(|line| !line.starts_with("0::"));
+    lines
+        .iter()
+        .filter(|line| !(version_1 && line.starts_with("0::")))
+        .filter_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            Some((fields.next()?.to_owned(), fields.next()?.to_owned()))
+        })
+        .collect()
+}
+
 fn parse(lines: &str) -> Result<Vec<Process>> {
     lines
         .lines()
         .map(|line| {
             let parts: Vec<&str> = line.splitn(9, '\t').collect();
-            let [pid, exe, user, pids, net, mount, cgroup, status, arguments] = parts[..] else {
+            let [pid, exe, user, pids, net, mount, cgroups, status, arguments] = parts[..] else {
                 bail!("a process is described by {line:?}");
             };
+            let cgroups: Vec<&str> = cgroups.split_terminator(';').collect();
             let status = status
                 .split(';')
                 .filter_map(|line| line.split_once(':'))
@@ -243,7 +279,7 @@ fn parse(lines: &str) -> Result<Vec<Process>> {
                 pid_namespace: pids.to_owned(),
                 network_namespace: net.to_owned(),
                 mount_namespace: mount.to_owned(),
-                cgroup: cgroup.to_owned(),
+                cgroups: accounting(&cgroups),
                 status,
                 arguments: arguments.trim().to_owned(),
             })
