@@ -94,7 +94,7 @@ fn strays(nodes: &[Node]) -> Result<Vec<String>> {
 fn deleting_everything_leaves_nothing_on_the_nodes() -> Result<()> {
     let nodes = workers()?;
     until_other_tests_are_gone()?;
-    until("nothing of earlier tests is left", 2 * MINUTE, || {
+    until("nothing of earlier tests is left", 3 * MINUTE, || {
         let strays = strays(&nodes)?;
         ensure!(strays.is_empty(), "{strays:#?}");
         Ok(Some(()))
@@ -159,9 +159,10 @@ def handler(event, context):
         Ok(())
     });
     until_other_tests_are_gone()?;
-    // Namespaces go when their pods' objects have gone; the last things on the nodes follow a little later.
+    // Namespaces go when their pods' objects have gone. What is on the nodes follows a little later, node cache
+    // and pool directories last: the node installer removes them within about a minute of their last use.
     let mut last: Vec<String> = Vec::new();
-    let gone = until("the nodes are as they were", 2 * MINUTE, || {
+    let gone = until("the nodes are as they were", 3 * MINUTE, || {
         last = inventory(&nodes)?.difference(&before).cloned().collect();
         Ok(last.is_empty().then_some(()))
     });
