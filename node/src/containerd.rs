@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use toml_edit::{Array, DocumentMut, Item, TableLike, Value};
 
@@ -17,6 +16,12 @@ pub const RUNTIME: &str = "sock";
 
 /// Late in the order in which a directory of drop-ins is read.
 const FILE: &str = "99-sock.toml";
+
+/// Stands on the host from before the configuration is changed until containerd was restarted for it, also when the
+/// installer is killed in between. It is gone after a reboot, after which containerd has read everything.
+///
+/// Times would not do: those of a file and of a process differ when the clock is set.
+const RESTART_DUE: &str = "/run/sock/containerd-restart-due";
 
 const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
 
@@ -78,8 +83,6 @@ pub struct Process {
     pub config: PathBuf,
     /// The unit of systemd that it runs in.
     pub unit: Option<String>,
-    /// When it was started.
-    pub started: SystemTime,
 }
 
 impl Process {
@@ -120,10 +123,6 @@ impl Process {
             program,
             config: config_path(&read("cmdline")?),
             unit: unit(&read("cgroup")?),
-            started: started(
-                &read("stat")?,
-                &fs::read_to_string(processes.join("stat")).unwrap_or_default(),
-            ),
         })
     }
 }
@@ -157,21 +156,6 @@ fn unit(cgroups: &str) -> Option<String> {
         .flat_map(|path| path.split('/').rev())
         .find(|part| part.ends_with(".service"))
         .map(str::to_owned)
-}
-
-/// When a process was started: field 22 of its `stat` counts ticks of 10 ms since the boot (proc_pid_stat(5)).
-fn started(stat: &str, system: &str) -> SystemTime {
-    let ticks: u64 = stat
-        .rsplit_once(')')
-        .and_then(|(_, fields)| fields.split_ascii_whitespace().nth(19))
-        .and_then(|field| field.parse().ok())
-        .unwrap_or(0);
-    let boot: u64 = system
-        .lines()
-        .find_map(|line| line.strip_prefix("btime "))
-        .and_then(|field| field.trim().parse().ok())
-        .unwrap_or(0);
-    SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(boot * 1000 + ticks * 10)
 }
 
 /// What has to be on the disk so that containerd knows the runtime.
@@ -342,6 +326,17 @@ pub struct Configurator {
 impl Configurator {
     /// Makes the configuration name the runtime; true if containerd has to be restarted to know it.
     pub fn configure(&mut self, host: &Host, process: &Process) -> Result<bool, Error> {
+        self.write(host, process, || verify(host, process))
+    }
+
+    fn write(
+        &mut self,
+        host: &Host,
+        process: &Process,
+        verify: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<bool, Error> {
+        let due = host.path(RESTART_DUE);
+        let was_due = due.exists();
         let main = host.path(&process.config);
         let text = read_if_there(&main)?;
         let plan = plan(&process.config, text.as_deref())?;
@@ -354,22 +349,13 @@ impl Configurator {
 
         let before = read_if_there(&drop_in)?;
         if before.as_deref() == Some(&plan.drop_in_text) && plan.main.is_none() {
-            let written = fs::metadata(&drop_in)
-                .and_then(|file| file.modified())
-                .map_err(|source| Error::Read {
-                    path: drop_in,
-                    source,
-                })?;
-            return Ok(written > process.started);
+            return Ok(was_due);
         }
 
+        make_parent(&due)?;
+        payload::write(&due, 0o600, b"")?;
         // An import of a file that is not there keeps containerd from starting: the drop-in first.
-        if let Some(parent) = drop_in.parent() {
-            fs::create_dir_all(parent).map_err(|source| Error::Read {
-                path: parent.to_owned(),
-                source,
-            })?;
-        }
+        make_parent(&drop_in)?;
         payload::write(&drop_in, 0o644, plan.drop_in_text.as_bytes())?;
         if let Some(new) = &plan.main {
             if let Some(old) = &text {
@@ -382,16 +368,30 @@ impl Configurator {
             self.edited = Some(text.clone().unwrap_or_default());
         }
 
-        if let Err(error) = verify(host, process) {
+        if let Err(error) = verify() {
             restore(
                 &main,
                 text.as_deref().filter(|_| plan.main.is_some()),
                 plan.main.is_some(),
             )?;
             restore(&drop_in, before.as_deref(), true)?;
+            if !was_due {
+                Self::restarted(host)?;
+            }
             return Err(error);
         }
         Ok(true)
+    }
+
+    /// After a restart: the configuration that is there was read.
+    pub fn restarted(host: &Host) -> Result<(), Error> {
+        let path = host.path(RESTART_DUE);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::Read { path, source })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Takes the runtime out of the configuration; true if something was there.
@@ -423,6 +423,16 @@ impl Configurator {
         }
         Ok(changed)
     }
+}
+
+fn make_parent(path: &Path) -> Result<(), Error> {
+    let Some(parent) = path.parent() else {
+        return Ok(());
+    };
+    fs::create_dir_all(parent).map_err(|source| Error::Read {
+        path: parent.to_owned(),
+        source,
+    })
 }
 
 fn backup(main: &Path) -> PathBuf {
@@ -704,13 +714,7 @@ version = 2
                 "0::/system.slice/containerd.service\n",
             )
             .unwrap();
-            fs::write(
-                directory.join("stat"),
-                "7 (x) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 250 0",
-            )
-            .unwrap();
         };
-        fs::write(processes.path().join("stat"), "cpu 1\nbtime 1000\n").unwrap();
         process("1", "mnt:[1]", "systemd\n");
         process("12", "mnt:[2]", "containerd\n");
         let host = Host::at(Path::new("/nowhere"), processes.path());
@@ -719,9 +723,39 @@ version = 2
         process("34", "mnt:[1]", "containerd\n");
         let found = Process::find(&host).unwrap();
         assert_eq!(found.pid, 34);
-        assert_eq!(
-            found.started,
-            SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(1_002_500)
+    }
+
+    #[test]
+    fn containerd_is_restarted_once_for_a_change_and_until_it_succeeds() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path(), Path::new("/nowhere"));
+        let process = Process {
+            pid: 34,
+            program: "/usr/bin/containerd".into(),
+            config: DEFAULT_CONFIG.into(),
+            unit: None,
+        };
+        let turn = || Configurator::default().write(&host, &process, || Ok(()));
+        assert!(turn().unwrap());
+        assert!(turn().unwrap(), "the restart failed");
+        Configurator::restarted(&host).unwrap();
+        assert!(!turn().unwrap());
+
+        let drop_in = host.path("/etc/containerd/conf.d").join(FILE);
+        let clock_was_ahead = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+        fs::File::open(&drop_in)
+            .unwrap()
+            .set_modified(clock_was_ahead)
+            .unwrap();
+        assert!(!turn().unwrap());
+
+        fs::write(&drop_in, "version = 3\n").unwrap();
+        let refused = Configurator::default().write(&host, &process, || Err(Error::Ignored));
+        assert!(matches!(refused, Err(Error::Ignored)));
+        assert!(
+            !host.path(RESTART_DUE).exists(),
+            "what was taken back needs no restart"
         );
+        assert!(turn().unwrap());
     }
 }

@@ -1,4 +1,4 @@
-//! The installer's life: make the node right, say so, look again every minute.
+//! The installer's life: make the node right, say so, look again every minute; and keep its cache clean.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
 use crate::payload;
 use crate::registration::{self, Registration};
+use crate::sweep::Sweeper;
 
 /// Where the files of sock lie, in the image and on the host.
 pub const PAYLOAD: &str = "/opt/sock";
@@ -17,6 +18,9 @@ pub const PAYLOAD: &str = "/opt/sock";
 pub const READY: &str = "/run/sock-node-ready";
 
 const AGAIN: Duration = Duration::from_secs(60);
+
+/// What no container uses is looked for so often.
+const SWEEP: Duration = Duration::from_secs(15);
 
 /// kubelet reports its runtimes with its status every ten seconds.
 const REPORT: Duration = Duration::from_secs(120);
@@ -46,6 +50,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether pods of sock cannot run here. An API server that does not answer, or a file of the installer's own container,
+    /// says nothing of that: the label stays as it is.
+    fn makes_unfit(&self) -> bool {
+        match self {
+            Self::Unfit(_) | Self::Payload(_) | Self::Containerd(_) | Self::NotReported => true,
+            Self::Registration(_) | Self::System { .. } | Self::NotReady => false,
+        }
+    }
+
     /// The reason that the node's event gives.
     fn reason(&self) -> &'static str {
         match self {
@@ -78,11 +91,34 @@ pub fn run() -> Result<(), Error> {
             configurator: Configurator::default(),
             registration,
         };
-        loop {
-            installer.turn().await;
-            tokio::time::sleep(AGAIN).await;
+        let mut sweeper = Sweeper::new(&installer.host);
+        let turns = async {
+            let mut interval = every(AGAIN);
+            loop {
+                interval.tick().await;
+                installer.turn().await;
+            }
+        };
+        let sweeps = async {
+            let mut interval = every(SWEEP);
+            loop {
+                interval.tick().await;
+                sweeper.sweep(Instant::now());
+            }
+        };
+        tokio::select! {
+            () = turns => {}
+            () = sweeps => {}
         }
+        Ok(())
     })
+}
+
+/// Ticks at once, then every `period` at most: a turn that took long does not bring several in a row.
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut interval = tokio::time::interval(period);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    interval
 }
 
 /// Errs while the node is not ready; the readiness probe asks.
@@ -116,7 +152,9 @@ impl Installer {
             tracing::error!("remove {READY}: {error}");
         }
         // Where the API server cannot be reached the log has to do.
-        if let Err(error) = self.registration.label(Some("unfit")).await {
+        if error.makes_unfit()
+            && let Err(error) = self.registration.label(Some("unfit")).await
+        {
             tracing::warn!("{error}");
         }
         if let Err(error) = self
@@ -138,6 +176,7 @@ impl Installer {
         if self.configurator.configure(&self.host, &process)? {
             tracing::info!(config = %process.config.display(), unit = process.unit, "restarting containerd");
             containerd::restart(&self.host, &process)?;
+            Configurator::restarted(&self.host)?;
         }
         if self.favor_moves {
             match cgroup_moves::favor(&self.host, true) {
@@ -161,13 +200,31 @@ impl Installer {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         };
+        std::fs::write(READY, "").map_err(|source| Error::System {
+            step: "write the readiness file",
+            source,
+        })?;
         if registration::labelled(&node) != Some("ready") {
             self.registration.label(Some("ready")).await?;
             tracing::info!(label = registration::LABEL, "node is ready");
         }
-        std::fs::write(READY, "").map_err(|source| Error::System {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_keeps_pods_from_running_makes_a_node_unfit() {
+        let readiness = Error::System {
             step: "write the readiness file",
-            source,
-        })
+            source: std::io::ErrorKind::StorageFull.into(),
+        };
+        assert!(!readiness.makes_unfit());
+        assert!(!Error::from(registration::Error::NoName).makes_unfit());
+        assert!(Error::NotReported.makes_unfit());
+        assert!(Error::from(containerd::Error::NotRunning).makes_unfit());
     }
 }

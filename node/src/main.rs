@@ -9,6 +9,7 @@ mod host;
 mod install;
 mod payload;
 mod registration;
+mod sweep;
 mod uninstall;
 
 use std::process::ExitCode;
