@@ -170,7 +170,7 @@ impl Node {
         parse(&self.shell(&script, &pids)?)
     }
 
-    /// Every process in the cgroups of a pod, in the hierarchies that [`accounting`] leaves.
+    /// Every process in the cgroups of a pod, in the hierarchies that account (see [`Process::cgroups`]).
     ///
     /// # Errors
     /// The node does not answer.
