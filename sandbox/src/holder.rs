@@ -37,6 +37,10 @@ pub fn holder_program() -> Result<OwnedFd> {
         let mut file = std::fs::File::from(fd);
         file.write_all(PROGRAM).step("write", "holder program")?;
         let fd = OwnedFd::from(file);
+        // Executable and not readable: whoever runs it is not dumpable, so a process of the same user cannot trace it
+        // (would_dump, fs/exec.c) and so become one without a filter.
+        rustix::fs::fchmod(&fd, rustix::fs::Mode::from_raw_mode(0o111))
+            .step("protect", "holder program")?;
         fcntl_add_seals(
             &fd,
             SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,

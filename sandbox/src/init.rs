@@ -110,7 +110,7 @@ pub(crate) fn first(
         std::fs::write(&path, value).at("set sysctl", path)?;
     }
     if wanted.creates(Type::Mount) {
-        root::enter(&plan.root, spec, &plan.cgroups)?;
+        root::enter(&plan.root, spec, &plan.cgroups, plan.nodev_root)?;
     }
     if let Some(user) = user {
         namespace::join(&user, Type::User)?;

@@ -73,6 +73,8 @@ pub struct Plan<'a> {
     pub extra: Vec<(RawFd, OwnedFd)>,
     /// Mapping of a user namespace that is to be made.
     pub mapping: Option<UserMapping>,
+    /// Device files of the image are none. For containers whose cgroup does not control which devices may be opened.
+    pub nodev_root: bool,
     /// On cgroup version 1: the container's directories, to be shown at the specification's cgroup mount.
     pub cgroups: Vec<(String, PathBuf)>,
 }

@@ -652,7 +652,12 @@ fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
 
 /// Builds the root in the calling process's own mount namespace and makes it the root directory.
 /// `cgroups` are the container's directories by hierarchy name on version 1, empty on version 2.
-pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> Result<()> {
+pub(crate) fn enter(
+    root: &Root,
+    spec: &Spec,
+    cgroups: &[(String, PathBuf)],
+    nodev: bool,
+) -> Result<()> {
     let linux = spec.linux().as_ref();
     let wanted = linux.and_then(|l| l.rootfs_propagation().as_deref());
     // Mounts made here must not reach the host; the host's are to reach in unless asked otherwise.
@@ -761,6 +766,13 @@ pub(crate) fn enter(root: &Root, spec: &Spec, cgroups: &[(String, PathBuf)]) -> 
         if builder.open(cwd, OFlags::PATH).is_err() {
             builder.destination(cwd, true)?;
         }
+    }
+    if nodev {
+        let attr = MountAttr {
+            set: MOUNT_ATTR_NODEV,
+            ..MountAttr::default()
+        };
+        set_attributes(&builder.root, attr, false, &target)?;
     }
     let readonly = spec
         .root()

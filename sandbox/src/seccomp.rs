@@ -62,6 +62,11 @@ const AUDIT_ARCH: u32 = 0xC000_00B7;
 /// Numbers from here on are the x32 ABI's on x86_64; no profile allows them.
 const FIRST_FOREIGN: u32 = 0x4000_0000;
 
+/// `SECCOMP_RET_LOG`: this and above lets a call through.
+const LOG: u32 = 0x7ffc_0000;
+/// `SECCOMP_RET_ERRNO` with ENOSYS.
+const DENY: u32 = 0x0005_0000 | 38;
+
 fn value(action: Action, errno: Option<u32>) -> Result<u32> {
     let data = errno.unwrap_or(libc::EPERM.unsigned_abs()) & 0xffff;
     Ok(match action {
@@ -70,7 +75,7 @@ fn value(action: Action, errno: Option<u32>) -> Result<u32> {
         Action::ScmpActTrap => 0x0003_0000,
         Action::ScmpActErrno => 0x0005_0000 | data,
         Action::ScmpActTrace => 0x7ff0_0000 | data,
-        Action::ScmpActLog => 0x7ffc_0000,
+        Action::ScmpActLog => LOG,
         Action::ScmpActAllow => 0x7fff_0000,
         Action::ScmpActNotify => {
             return Err(Error::spec(
@@ -177,9 +182,15 @@ impl Program {
     }
 
     fn assemble(verdicts: &BTreeMap<u32, Verdict>, default: u32) -> Self {
+        // A profile that allows what it does not name must not allow the same calls under other numbers.
+        let foreign = if default >= LOG { DENY } else { default };
         let plain = Verdict {
             rules: Vec::new(),
             otherwise: default,
+        };
+        let abroad = Verdict {
+            rules: Vec::new(),
+            otherwise: foreign,
         };
         let mut ranges: Vec<(u32, Verdict)> = vec![(0, plain.clone())];
         let mut next = 0;
@@ -190,8 +201,8 @@ impl Program {
             ranges.push((number, verdict.clone()));
             next = number + 1;
         }
-        ranges.push((next, plain.clone()));
-        ranges.push((FIRST_FOREIGN, plain));
+        ranges.push((next, plain));
+        ranges.push((FIRST_FOREIGN, abroad));
         ranges.sort_by_key(|(from, _)| *from);
         // Of several at one number the last was pushed for a named call or its successor; equal neighbours merge.
         let mut merged: Vec<(u32, Verdict)> = Vec::new();
@@ -221,7 +232,7 @@ impl Program {
                 code: RET,
                 jt: 0,
                 jf: 0,
-                k: default,
+                k: foreign,
             },
             Instruction {
                 code: LD_W_ABS,
@@ -478,6 +489,18 @@ mod tests {
                 .build()
                 .unwrap()
         })
+    }
+
+    #[test]
+    fn what_a_profile_allows_by_default_it_does_not_under_other_numbers() {
+        let profile = LinuxSeccompBuilder::default()
+            .default_action(Action::ScmpActAllow)
+            .build()
+            .unwrap();
+        let program = Program::compile(&profile).unwrap();
+        assert_eq!(run(&program, AUDIT_ARCH, 1, [0; 6]), 0x7fff_0000);
+        assert_eq!(run(&program, AUDIT_ARCH, FIRST_FOREIGN + 1, [0; 6]), DENY);
+        assert_eq!(run(&program, 0x4000_0003, 1, [0; 6]), DENY);
     }
 
     proptest! {

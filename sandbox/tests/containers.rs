@@ -145,6 +145,7 @@ fn plan(spec: &Spec, root: Root, program: Program) -> Plan<'_> {
         stdio: Stdio::default(),
         extra: Vec::new(),
         mapping: None,
+        nodev_root: false,
         cgroups: Vec::new(),
     }
 }

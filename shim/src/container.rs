@@ -10,6 +10,7 @@ use sock_sandbox::cgroup::Cgroup;
 
 use crate::process::Process;
 use crate::role::Role;
+use crate::uses::Use;
 
 /// A container of the pod.
 pub struct Container {
@@ -29,6 +30,10 @@ pub struct Container {
     pub cgroup: RefCell<Option<Cgroup>>,
     /// Whether it is paused.
     pub paused: Cell<bool>,
+    /// Whether its cgroup says which devices it may open.
+    pub devices_guarded: bool,
+    /// The entry of the node cache that it uses.
+    pub used: Option<Use>,
     /// What it is for.
     pub role: Role,
 }

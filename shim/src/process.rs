@@ -175,6 +175,8 @@ impl Process {
                 }
             }
         }
+        // From here on its number may be another's.
+        self.phase.set(Phase::Stopped);
         Exit {
             status,
             at: SystemTime::now(),

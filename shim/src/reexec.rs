@@ -13,8 +13,14 @@ use std::os::unix::ffi::OsStrExt;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-/// Marks a process that went this way.
+/// Marks a process that went this way, and says where its program lies.
 const DONE: &str = "SOCK_REEXEC";
+
+/// Where the program lies on the host.
+#[must_use]
+pub fn program() -> Option<std::path::PathBuf> {
+    std::env::var_os(DONE).map(Into::into)
+}
 
 /// Starts this program again from such a mount, unless it was.
 ///
@@ -72,7 +78,9 @@ pub fn from_read_only_mount() -> io::Result<()> {
     let mut environment = std::env::vars_os()
         .map(|(n, v)| text(&[n.as_bytes(), b"=", v.as_bytes()].concat()))
         .collect::<io::Result<Vec<_>>>()?;
-    environment.push(text(format!("{DONE}=1").as_bytes())?);
+    environment.push(text(
+        &[DONE.as_bytes(), b"=", program.as_os_str().as_bytes()].concat(),
+    )?);
     let list = |strings: &[CString]| {
         strings
             .iter()

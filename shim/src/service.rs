@@ -10,6 +10,7 @@ use containerd_shim::asynchronous::{ExitSignal, Shim, spawn};
 use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
 
+use crate::crash::{self, Trace};
 use crate::events::Events;
 use crate::log;
 use crate::pod::Pod;
@@ -34,6 +35,24 @@ pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
     oci_spec::runtime::Spec::load(bundle.join("config.json"))
         .map_err(|e| Error::Other(format!("{}: {e}", bundle.join("config.json").display())))
+}
+
+/// Ends and removes all that is left of a container.
+async fn clean(trace: &Trace) {
+    crate::role::zygote::release(&trace.bundle);
+    if let (Ok(location), Ok(hierarchies)) = (Location::parse(&trace.cgroup), Hierarchies::detect())
+    {
+        let cgroup = Cgroup::at(&hierarchies, &location);
+        for _ in 0..100 {
+            let _ = cgroup.kill();
+            if cgroup.processes().is_ok_and(|p| p.is_empty()) && cgroup.remove().is_ok() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+    crate::role::installer::discard_staging(&trace.id);
+    crate::uses::end_all(&trace.id);
 }
 
 #[async_trait]
@@ -72,26 +91,24 @@ impl Shim for Service {
     }
 
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
-        crate::role::zygote::release(&self.bundle);
-        // The server is gone. Whatever it left of this container is found by the cgroup.
-        if let Ok(spec) = load_spec(&self.bundle)
-            && let Some(path) = spec
-                .linux()
-                .as_ref()
-                .and_then(|l| l.cgroups_path().as_ref())
-            && let (Ok(location), Ok(hierarchies)) = (
-                Location::parse(&path.to_string_lossy()),
-                Hierarchies::detect(),
-            )
-        {
-            let cgroup = Cgroup::at(&hierarchies, &location);
-            for _ in 0..100 {
-                let _ = cgroup.kill();
-                if cgroup.processes().is_ok_and(|p| p.is_empty()) && cgroup.remove().is_ok() {
-                    break;
-                }
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-            }
+        // The server is gone. Whatever it left of the pod is found by what it wrote down.
+        let mut left = crash::traces(&self.bundle);
+        if !left.iter().any(|t| t.id == self.id) {
+            let cgroup = load_spec(&self.bundle)
+                .ok()
+                .and_then(|s| s.linux().as_ref().and_then(|l| l.cgroups_path().clone()));
+            let cgroup = cgroup
+                .map(|p| p.to_string_lossy().into_owned())
+                .unwrap_or_default();
+            left.push(Trace {
+                id: self.id.clone(),
+                cgroup,
+                bundle: self.bundle.clone(),
+            });
+        }
+        // Containers before their sandbox, whose process numbers theirs may be in.
+        for trace in left.iter().rev() {
+            clean(trace).await;
         }
         if let Ok(address) = std::fs::read_to_string(self.bundle.join("address")) {
             let _ = std::fs::remove_file(address.trim_start_matches("unix://"));

@@ -27,6 +27,8 @@ pub async fn inject_sockets(listener: OwnedFd, uid: u32, gid: u32) -> Result<()>
         gid: Gid::from_raw(gid),
     };
     loop {
+        // Readiness takes nothing of a task's budget: a leaf that never stops asking must not stop the others.
+        tokio::task::coop::consume_budget().await;
         let mut ready = listener.readable().await.map_err(Error::Watch)?;
         match pending(listener.get_ref())? {
             Pending::Some => answer(listener.get_ref(), &owner)?,

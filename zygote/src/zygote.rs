@@ -71,6 +71,7 @@ impl Zygote {
     /// Waits for the zygote's end. Cancel safe.
     pub async fn ended(&self) -> Error {
         loop {
+            tokio::task::coop::consume_budget().await;
             match self.0.receive::<FromZygote>().await {
                 // Nothing is asked on this channel that would have an answer.
                 Ok(_) => {}
@@ -178,6 +179,7 @@ impl ZygoteChannel {
     /// Waits for the zygote's end. Cancel safe.
     pub async fn ended(&self) -> Error {
         loop {
+            tokio::task::coop::consume_budget().await;
             if let Err(error) = self.hear().await {
                 return error;
             }

@@ -261,6 +261,9 @@ impl StripScope for Path {
     }
 }
 
+/// The child that holds a container's own processes once its leaves have cgroups beside it (version 2).
+const HOLDER: &str = "holder";
+
 /// The cgroup of a container, or of a leaf below it.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
@@ -402,7 +405,7 @@ impl Cgroup {
             return Ok(());
         }
         let (_, directory) = &self.directories[0];
-        let holder = directory.join("holder");
+        let holder = directory.join(HOLDER);
         fs::create_dir_all(&holder).at("make cgroup", &holder)?;
         write(&holder.join("cgroup.procs"), &pid.to_string())?;
         for controller in ["+memory", "+pids", "+cpu"] {
@@ -417,11 +420,16 @@ impl Cgroup {
     ///
     /// On version 1 that is `tasks`: it moves a thread and so need not stop all forks of the machine, which `cgroup.procs` does by
     /// a lock whose writer waits for a grace period (`cgroup_threadgroup_rwsem`, kernel/cgroup/cgroup.c): 35 µs against 10 ms.
-    fn entrance(&self) -> &'static str {
-        if self.unified {
-            "cgroup.procs"
+    fn entrance(&self, directory: &Path) -> PathBuf {
+        if !self.unified {
+            return directory.join("tasks");
+        }
+        // A cgroup whose children have controllers takes no process itself.
+        let holder = directory.join(HOLDER);
+        if holder.is_dir() {
+            holder.join("cgroup.procs")
         } else {
-            "tasks"
+            directory.join("cgroup.procs")
         }
     }
 
@@ -431,7 +439,7 @@ impl Cgroup {
     /// The kernel refuses, for instance because the process is gone.
     pub fn add(&self, pid: i32) -> Result<()> {
         for (_, directory) in &self.directories {
-            write(&directory.join(self.entrance()), &pid.to_string())?;
+            write(&self.entrance(directory), &pid.to_string())?;
         }
         Ok(())
     }
@@ -445,7 +453,7 @@ impl Cgroup {
         self.directories
             .iter()
             .map(|(_, directory)| {
-                let path = directory.join(self.entrance());
+                let path = self.entrance(directory);
                 fs::OpenOptions::new()
                     .write(true)
                     .open(&path)
@@ -525,7 +533,7 @@ impl Cgroup {
         write(&directory.join(file), value)
     }
 
-    /// Sends SIGKILL to everything in here and below. The dead are gone a moment later, not on return.
+    /// Sends SIGKILL to everything in here and below but the calling process. The dead are gone a moment later, not on return.
     ///
     /// # Errors
     /// Processes cannot be listed.
@@ -533,12 +541,23 @@ impl Cgroup {
         let Some(directory) = self.main() else {
             return Ok(());
         };
-        if self.unified && directory.join("cgroup.kill").exists() {
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        let others = || -> Result<Vec<i32>> {
+            Ok(self
+                .processes()?
+                .into_iter()
+                .filter(|p| *p != own)
+                .collect())
+        };
+        if self.unified
+            && directory.join("cgroup.kill").exists()
+            && !self.processes()?.contains(&own)
+        {
             return write(&directory.join("cgroup.kill"), "1");
         }
         // Without cgroup.kill a fork bomb outruns a single pass; each pass kills all it sees.
         for _ in 0..20 {
-            let processes = self.processes()?;
+            let processes = others()?;
             if processes.is_empty() {
                 break;
             }

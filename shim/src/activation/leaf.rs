@@ -195,6 +195,8 @@ async fn live(
     driver.started(name, times);
     driver.input(Input::Ready(name));
     loop {
+        // A leaf that never stops talking must not stop the shim's other tasks.
+        tokio::task::coop::consume_budget().await;
         let input = match unless_ended(&process, leaf.event()).await {
             Some(Ok(Event::Began { conn })) => Input::Began(name, Conn(conn)),
             Some(Ok(Event::Done { conn, status, .. })) => {

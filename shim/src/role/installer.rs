@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 
-use super::{CACHE, add_env, add_payload, bind};
+use super::{CACHE, add_env, add_payload, bind, is_real_directory};
 use crate::activation::ZygoteName;
 use crate::task::Failure;
 
@@ -31,7 +31,7 @@ impl Installer {
         let tenant = Path::new(CACHE).join(&name.tenant);
         let entry = tenant.join(&name.lock);
         add_payload(spec, None)?;
-        if entry.join("site-packages").is_dir() {
+        if is_real_directory(&entry.join("site-packages")) {
             add_env(spec, "SOCK_CACHED", "1");
             return Ok(Self {
                 staging: None,
@@ -64,7 +64,7 @@ impl Installer {
     pub fn finish(&self, status: u32) {
         let Some(staging) = &self.staging else { return };
         if status == 0
-            && staging.join("site-packages").is_dir()
+            && is_real_directory(&staging.join("site-packages"))
             && let Err(e) = std::fs::rename(staging, &self.entry)
         {
             // Another pod of the same set was first: its packages are the same.
@@ -80,6 +80,16 @@ impl Installer {
             && e.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(directory = %staging.display(), error = %e, "is left");
+        }
+    }
+}
+
+/// After a crash of the shim: removes what a container was installing.
+pub fn discard_staging(container: &str) {
+    for tenant in std::fs::read_dir(CACHE).into_iter().flatten().flatten() {
+        let staging = tenant.path().join(format!(".staging-{container}"));
+        if staging.exists() {
+            let _ = std::fs::remove_dir_all(staging);
         }
     }
 }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Spec};
 
 use crate::task::Failure;
+use crate::uses::Use;
 
 /// What the node installer puts on the host, and where containers see it.
 pub const PAYLOAD: &str = "/opt/sock";
@@ -44,16 +45,17 @@ mod cri {
 }
 
 impl Role {
-    /// Decides, and changes the specification accordingly.
+    /// Decides, and changes the specification accordingly. With the role comes the use of the node cache, which lasts until the
+    /// container's deletion.
     ///
     /// # Errors
     /// An annotation that is wrong, or that does not go with the rest of the pod.
-    pub fn of(id: &str, spec: &mut Spec) -> Result<Role, Failure> {
+    pub fn of(id: &str, spec: &mut Spec) -> Result<(Role, Option<Use>), Failure> {
         let annotations = spec.annotations().clone().unwrap_or_default();
         match annotations.get(cri::CONTAINER_TYPE).map(String::as_str) {
-            Some("sandbox") => return Ok(Role::Sandbox),
+            Some("sandbox") => return Ok((Role::Sandbox, None)),
             Some("container") => {}
-            _ => return Ok(Role::Plain),
+            _ => return Ok((Role::Plain, None)),
         }
         let name = annotations
             .get(cri::CONTAINER_NAME)
@@ -64,29 +66,34 @@ impl Role {
                 .get(&format!("sock.dev/{key}"))
                 .is_some_and(|n| n == name)
         };
-        if is("installer") {
-            confined(spec)?;
-            return Ok(Role::Installer(installer::Installer::prepare(
-                id,
-                spec,
-                &annotations,
-            )?));
+        let known = ["installer", "zygote", "function"]
+            .into_iter()
+            .find(|key| is(key));
+        let Some(known) = known else {
+            return Ok((Role::Plain, None));
+        };
+        confined(spec)?;
+        let used = match annotations.contains_key("sock.dev/lock") {
+            true => {
+                let name = crate::activation::ZygoteName::from_annotations(&annotations)
+                    .map_err(Failure::invalid)?;
+                Some(Use::begin(&name, id)?)
+            }
+            false => None,
+        };
+        let role = match known {
+            "installer" => {
+                installer::Installer::prepare(id, spec, &annotations).map(Role::Installer)
+            }
+            "zygote" => zygote::ZygoteContainer::prepare(spec, &annotations).map(Role::Zygote),
+            _ => function::FunctionContainer::prepare(spec, &annotations).map(Role::Function),
+        };
+        if role.is_err()
+            && let Some(used) = &used
+        {
+            used.end();
         }
-        if is("zygote") {
-            confined(spec)?;
-            return Ok(Role::Zygote(zygote::ZygoteContainer::prepare(
-                spec,
-                &annotations,
-            )?));
-        }
-        if is("function") {
-            confined(spec)?;
-            return Ok(Role::Function(function::FunctionContainer::prepare(
-                spec,
-                &annotations,
-            )?));
-        }
-        Ok(Role::Plain)
+        role.map(|role| (role, used))
     }
 }
 
@@ -116,6 +123,11 @@ fn confined(spec: &Spec) -> Result<(), Failure> {
     if bounding.is_some_and(|b| !b.is_empty()) {
         return refuse(
             "must drop every capability: set securityContext.capabilities.drop to [ALL]",
+        );
+    }
+    if spec.linux().as_ref().is_none_or(|l| l.seccomp().is_none()) {
+        return refuse(
+            "must have a seccomp profile: set securityContext.seccompProfile.type to RuntimeDefault",
         );
     }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
@@ -167,12 +179,18 @@ fn add_payload(spec: &mut Spec, packages: Option<PathBuf>) -> Result<(), Failure
     Ok(())
 }
 
+/// Whether this is a directory and no link to one. What the installer leaves is the tenant's: a link there would be
+/// followed on the host, as root. Once its container has ended nobody can put one there any more.
+fn is_real_directory(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|m| m.is_dir())
+}
+
 fn packages(name: &crate::activation::ZygoteName) -> Option<PathBuf> {
     let path = Path::new(CACHE)
         .join(&name.tenant)
         .join(&name.lock)
         .join("site-packages");
-    path.is_dir().then_some(path)
+    is_real_directory(&path).then_some(path)
 }
 
 fn add_env(spec: &mut Spec, name: &str, value: &str) {

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use oci_spec::runtime::{
     Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxSeccompAction, LinuxSyscallBuilder, Spec,
+    LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator,
+    LinuxSyscall, LinuxSyscallBuilder, Spec,
 };
 use serde_json::json;
 use sock_sandbox::root::Root;
@@ -31,22 +32,18 @@ use crate::task::Failure;
 const WARM_WITHIN: Duration = Duration::from_secs(90);
 
 /// System calls that a zygote needs to make leaves, and that default profiles keep for those with privileges on the host.
-const FORKING: [&str; 14] = [
-    "unshare",
-    "setns",
+const FORKING: [&str; 5] = [
     "mount",
-    "umount2",
     "move_mount",
-    "open_tree",
     "mount_setattr",
-    "fsopen",
-    "fsconfig",
-    "fsmount",
     "chroot",
-    "pivot_root",
     "sethostname",
-    "clone",
 ];
+/// Namespaces that a leaf gets of its own. No user namespace: in one it would hold every capability anew.
+const OWN: libc::c_int =
+    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+/// Namespaces that are joined: the zygote's own after a fork, the pod's empty network.
+const JOINED: [libc::c_int; 2] = [libc::CLONE_NEWPID, libc::CLONE_NEWNET];
 
 /// What the annotations say of a pool.
 pub struct ZygoteContainer {
@@ -161,6 +158,7 @@ impl ZygoteContainer {
             stdio: Stdio::default(),
             extra: Vec::new(),
             mapping: Some(self.user),
+            nodev_root: false,
             cgroups: Vec::new(),
         })?;
         let _claim = Claim::new(launched.pid);
@@ -180,7 +178,15 @@ impl ZygoteContainer {
             }
             Ok(namespace::of_process(launched.pid, "user")?)
         };
-        let user = made.await?;
+        let made: Result<OwnedFd, Failure> = made.await;
+        let user = match made {
+            Ok(user) => user,
+            Err(e) => {
+                // SAFETY: ends a child that is not reaped before this function returns.
+                unsafe { libc::kill(launched.pid, libc::SIGKILL) };
+                return Err(e);
+            }
+        };
         let pid = launched.pid;
         *self.holder.borrow_mut() = Some(NamespaceHolder {
             process: launched,
@@ -202,11 +208,17 @@ impl ZygoteContainer {
             };
             namespace.path(format!("/proc/{pid}/ns/{file}")).build()
         });
-        linux.set_namespaces(Some(
-            joined
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(Failure::unknown)?,
-        ));
+        let mut joined = joined
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Failure::unknown)?;
+        // Without a cgroup namespace of its own it would see the whole node's cgroups on version 2.
+        let given = linux.namespaces().iter().flatten();
+        joined.extend(
+            given
+                .filter(|n| n.typ() == LinuxNamespaceType::Cgroup)
+                .cloned(),
+        );
+        linux.set_namespaces(Some(joined));
         // A new proc may be mounted for a leaf only while one is fully visible here (mount_too_revealing, fs/namespace.c).
         // What it shows of the host is what any user without privileges may read.
         linux
@@ -216,11 +228,7 @@ impl ZygoteContainer {
         if let Some(seccomp) = linux.seccomp().clone() {
             let mut seccomp = seccomp;
             let mut calls = seccomp.syscalls().clone().unwrap_or_default();
-            let allow = LinuxSyscallBuilder::default()
-                .names(FORKING.map(String::from))
-                .action(LinuxSeccompAction::ScmpActAllow)
-                .build();
-            calls.push(allow.map_err(Failure::unknown)?);
+            calls.extend(forking()?);
             seccomp.set_syscalls(Some(calls));
             linux.set_seccomp(Some(seccomp));
         }
@@ -296,20 +304,33 @@ impl ZygoteContainer {
         self.status.take();
         if let Some(task) = self.serving.take() {
             task.abort();
+            // The socket goes with the task, in a moment; its directories when the last pool of this digest has gone.
+            let pools = Path::new(POOLS)
+                .join(&self.name.tenant)
+                .join(&self.name.digest);
+            tokio::task::spawn_local(async move {
+                tokio::task::yield_now().await;
+                crate::uses::remove_empty(Some(&pools), Path::new(POOLS));
+            });
         }
-        if let Some(holder) = self.holder.take() {
-            // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
-            // SAFETY: sends a signal to a child by descriptor.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_pidfd_send_signal,
-                    std::os::fd::AsRawFd::as_raw_fd(&holder.process.pidfd),
-                    libc::SIGTERM,
-                    std::ptr::null::<libc::siginfo_t>(),
-                    0,
-                );
-            }
-        }
+        // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
+        self.holder.take();
+    }
+}
+
+impl Drop for NamespaceHolder {
+    fn drop(&mut self) {
+        let process = std::os::fd::AsRawFd::as_raw_fd(&self.process.pidfd);
+        // SAFETY: sends a signal to a child by descriptor.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                process,
+                libc::SIGTERM,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            )
+        };
     }
 }
 
@@ -353,6 +374,44 @@ pub fn release(bundle: &Path) {
         // SAFETY: sends a signal to a process that was just found to be the one recorded.
         unsafe { libc::kill(pid, libc::SIGTERM) };
     }
+}
+
+/// What a zygote's profile allows beyond its pod's.
+fn forking() -> Result<Vec<LinuxSyscall>, Failure> {
+    let allow = |names: &[&str], argument: Option<LinuxSeccompArg>| {
+        let call = LinuxSyscallBuilder::default()
+            .names(names.iter().map(ToString::to_string).collect::<Vec<_>>())
+            .action(LinuxSeccompAction::ScmpActAllow);
+        match argument {
+            Some(argument) => call.args(vec![argument]).build(),
+            None => call.build(),
+        }
+        .map_err(Failure::unknown)
+    };
+    let argument = LinuxSeccompArgBuilder::default;
+    let only_own = argument()
+        .index(0usize)
+        .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
+        .value(!u64::from(OWN.unsigned_abs()))
+        .value_two(0u64);
+    let mut calls = vec![
+        allow(&FORKING, None)?,
+        allow(
+            &["unshare"],
+            Some(only_own.build().map_err(Failure::unknown)?),
+        )?,
+    ];
+    for kind in JOINED {
+        let this = argument()
+            .index(1usize)
+            .op(LinuxSeccompOperator::ScmpCmpEq)
+            .value(u64::from(kind.unsigned_abs()));
+        calls.push(allow(
+            &["setns"],
+            Some(this.build().map_err(Failure::unknown)?),
+        )?);
+    }
+    Ok(calls)
 }
 
 fn capabilities(set: HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapabilities, Failure> {

@@ -14,6 +14,8 @@ use sock_sandbox::{HolderKind, Plan, Program, namespace};
 use super::Failure;
 use crate::children::Claim;
 use crate::container::Container;
+use crate::crash::{self, Trace};
+use crate::devices::{all_allowed, forbid_making};
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::role::Role;
@@ -38,10 +40,24 @@ pub(super) async fn create(
     }
     let bundle = Path::new(&request.bundle).to_path_buf();
     let mut spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
-    let role = Role::of(&request.id, &mut spec)?;
+    trace(&bundle, &request.id, &spec)?;
+    let (role, used) = Role::of(&request.id, &mut spec)?;
+    let devices_guarded = !pod.hierarchies()?.unified() || all_allowed(&spec);
+    if !devices_guarded && let Some(process) = spec.process_mut() {
+        forbid_making(process);
+    }
     let mut extra = Vec::new();
     if let Role::Zygote(zygote) = &role {
-        extra.push((3, zygote.isolate(&mut spec, &bundle).await?));
+        match zygote.isolate(&mut spec, &bundle).await {
+            Ok(control) => extra.push((3, control)),
+            Err(e) => {
+                zygote.finish();
+                if let Some(used) = &used {
+                    used.end();
+                }
+                return Err(e);
+            }
+        }
     }
     let sandbox = spec
         .annotations()
@@ -62,6 +78,8 @@ pub(super) async fn create(
         execs: std::cell::RefCell::default(),
         cgroup: std::cell::RefCell::default(),
         paused: std::cell::Cell::new(false),
+        devices_guarded,
+        used,
         role,
         spec,
         sandbox,
@@ -137,6 +155,7 @@ async fn build(
         stdio: streams,
         extra,
         mapping: None,
+        nodev_root: !container.devices_guarded,
         cgroups: future.version_1_directories(),
     })?;
     let launched = container.init.adopt(launched)?;
@@ -185,8 +204,38 @@ fn root(bundle: &Path, request: &CreateTaskRequest) -> Root {
     }
 }
 
+/// Writes down what finds the container again: containerd after a restart of its own, and `delete` after a crash of the shim.
+fn trace(bundle: &Path, id: &str, spec: &Spec) -> Result<(), Failure> {
+    if let Some(program) = crate::reexec::program() {
+        // containerd writes this for the sandbox only, and looks for the shim on its PATH where it is missing.
+        let file = bundle.join("shim-binary-path");
+        if !file.exists() {
+            std::fs::write(file, program.as_os_str().as_encoded_bytes())?;
+        }
+    }
+    let cgroup = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.cgroups_path().as_ref());
+    let cgroup = cgroup
+        .map(|p| p.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    crash::record(
+        Path::new("."),
+        &Trace {
+            id: id.to_string(),
+            cgroup,
+            bundle: bundle.into(),
+        },
+    )?;
+    Ok(())
+}
+
 /// Takes back what a failed creation has made.
 async fn abandon(container: &Container) {
+    if matches!(container.role, Role::Sandbox) {
+        crate::home::leave();
+    }
     if container.init.pid() != 0 {
         let _claim = Claim::new(container.init.pid());
         let _ = container.init.signal(libc::SIGKILL);
@@ -198,4 +247,7 @@ async fn abandon(container: &Container) {
         super::delete::remove_cgroup(&cgroup).await;
     }
     container.finish_role(255);
+    if let Some(used) = &container.used {
+        used.end();
+    }
 }

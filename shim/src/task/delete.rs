@@ -27,7 +27,13 @@ pub(super) async fn delete(
             status: 0,
             at: std::time::SystemTime::now(),
         },
-        Phase::Created => end_created(&process).await,
+        Phase::Created => {
+            let exit = end_created(&process).await;
+            if request.exec_id.is_empty() {
+                container.finish_role(exit.status);
+            }
+            exit
+        }
         Phase::Running => {
             return Err(Failure::precondition(format!(
                 "container {} runs: kill it first",
@@ -69,6 +75,9 @@ async fn clean(container: &Container) {
             crate::home::leave();
         }
         remove_cgroup(&cgroup).await;
+    }
+    if let Some(used) = &container.used {
+        used.end();
     }
 }
 

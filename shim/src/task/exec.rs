@@ -57,11 +57,14 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
             container.id
         )));
     }
-    let spec = process
+    let mut spec = process
         .spec
         .borrow()
         .clone()
         .ok_or_else(|| Failure::invalid("exec without a process"))?;
+    if !container.devices_guarded {
+        crate::devices::forbid_making(&mut spec);
+    }
     let (streams, kept) = stdio::open(&process.paths, spec.user().uid())?;
     *process.kept.borrow_mut() = kept;
     let entrances = container

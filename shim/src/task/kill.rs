@@ -45,7 +45,12 @@ pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Fa
     {
         return stop_function(container, signal);
     }
+    let waits_for_start = process.phase() == Phase::Created;
     process.signal(signal)?;
+    if waits_for_start && signal == libc::SIGKILL {
+        // Nobody follows it yet; who waits for its end is to learn of it.
+        pod.watch(container, process);
+    }
     Ok(Empty::new())
 }
 

@@ -37,7 +37,6 @@ async fn first(
     let ready = get_ready(&container, process).await;
     if let Err(e) = ready {
         if process.exited().is_none() {
-            let _ = process.signal(libc::SIGKILL);
             bury(process).await;
         }
         if let Some(cgroup) = container.cgroup.borrow().as_ref()
@@ -112,6 +111,8 @@ async fn further(
 /// A child that ended on its way: containerd deletes what never ran.
 async fn bury(process: &Process) {
     let _claim = Claim::new(process.pid());
+    // It may still wait for a word of ours.
+    let _ = process.signal(libc::SIGKILL);
     let exit = process.reap().await;
     process.finish(exit);
 }

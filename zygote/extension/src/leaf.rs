@@ -164,6 +164,12 @@ fn become_leaf(
             due.0, due.1
         )));
     }
+    // Namespaces, capabilities and filters are a thread's: one that a fork hook has started would stay what the zygote is.
+    if birth != Birth::Interpreter && !alone() {
+        return Err(End::failed(
+            "a module starts a thread in every fork (os.register_at_fork or pthread_atfork), which cannot be confined: leave it out of the PackageSet's imports",
+        ));
+    }
     let listener =
         confine(&setup, &fds, birth != Birth::Interpreter, &mut phases).map_err(End::failed)?;
     drop(fds);
@@ -206,6 +212,10 @@ fn become_leaf(
 }
 
 /// Gives every descriptor its place, and reads the setup.
+fn alone() -> bool {
+    std::fs::read_dir("/proc/self/task").is_ok_and(|list| list.count() == 1)
+}
+
 fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, Fds), End> {
     if roles.len() != list.len() {
         return Err(End::failed(format!(
