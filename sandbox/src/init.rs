@@ -604,6 +604,14 @@ fn execute_holder(program: Option<&OwnedFd>, kind: HolderKind) -> Result<Infalli
         HolderKind::Descendants => [name.as_ptr(), last.as_ptr(), std::ptr::null()],
     };
     let envp = [std::ptr::null::<libc::c_char>()];
+    // What is blocked stays so, and what comes waits. Unblocked, a PID 1 without a handler would lose a SIGTERM that comes before its
+    // first instruction.
+    // SAFETY: changes the mask of this process, which has one thread.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+    }
     // SAFETY: null-terminated lists; an empty path names the descriptor itself.
     unsafe {
         libc::syscall(
