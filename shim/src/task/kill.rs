@@ -54,8 +54,9 @@ pub(super) async fn kill(pod: Rc<Pod>, request: KillRequest) -> Result<Empty, Fa
     Ok(Empty::new())
 }
 
-/// How long a Function's pod goes on accepting after it was asked to end.
-const ENDPOINTS_LINGER: std::time::Duration = std::time::Duration::from_millis(1500);
+/// How long a Function's pod goes on accepting after it was asked to end. kube-proxy writes its rules once a second, after the
+/// endpoints have come to it by two controllers; the grace period of a Function's pod is its timeout and five seconds more.
+const ENDPOINTS_LINGER: std::time::Duration = std::time::Duration::from_secs(4);
 
 /// The holder of a Function's container ends with the last request: a polite signal closes the door and lets those inside finish.
 /// kubelet sends SIGKILL when the grace period is over.
@@ -67,7 +68,7 @@ fn stop_function(container: Rc<Container>, signal: i32) -> Result<Empty, Failure
             if let Role::Function(function) = &container.role {
                 // The pod leaves the endpoints of its Service at the same time as it is told to end, and every node learns of
                 // it a moment later: until then connections still come.
-                tokio::time::sleep(ENDPOINTS_LINGER.min(function.timeout())).await;
+                tokio::time::sleep(ENDPOINTS_LINGER).await;
                 function.stop(function.timeout()).await;
             }
             // It may have ended by itself meanwhile.
