@@ -248,8 +248,23 @@ impl Process {
     }
 }
 
+/// Takes a child that nobody else has to know of to its program. The value is why it did not get there, if so.
+pub(crate) async fn run_program(
+    launched: &Launched,
+) -> Result<Option<sock_sandbox::Error>, Failure> {
+    launched.proceed()?;
+    if let Progress::Failed(e) = progress(launched).await? {
+        return Ok(Some(e));
+    }
+    launched.start()?;
+    match progress(launched).await? {
+        Progress::Failed(e) => Ok(Some(e)),
+        Progress::Created(_) | Progress::Started => Ok(None),
+    }
+}
+
 /// Waits for a child's news without blocking the others.
-pub(crate) async fn progress(launched: &Launched) -> Result<Progress, Failure> {
+async fn progress(launched: &Launched) -> Result<Progress, Failure> {
     let ready = watch(launched.channel().try_clone_to_owned()?, Interest::READABLE)?;
     loop {
         let mut guard = ready.readable().await?;

@@ -213,7 +213,10 @@ fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
         .unwrap_or(Path::new(path));
     let path = path.strip_prefix("/").unwrap_or(path);
     // systemd itself lives in init.scope of the root it manages.
-    let path = path.strip_suffix_scope();
+    let path = match path.parent() {
+        Some(parent) if path.ends_with("init.scope") => parent,
+        _ => path,
+    };
     Path::new(point).join(path)
 }
 
@@ -245,20 +248,6 @@ fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> PathBuf {
         }
     }
     PathBuf::new()
-}
-
-trait StripScope {
-    fn strip_suffix_scope(&self) -> &Path;
-}
-
-impl StripScope for Path {
-    fn strip_suffix_scope(&self) -> &Path {
-        if self.ends_with("init.scope") {
-            self.parent().unwrap_or(self)
-        } else {
-            self
-        }
-    }
 }
 
 /// The child that holds a container's own processes once its leaves have cgroups beside it (version 2).

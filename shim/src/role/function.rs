@@ -20,7 +20,7 @@ use crate::activation::{
 };
 use crate::children::Claim;
 use crate::container::Container;
-use crate::process::progress;
+use crate::process::run_program;
 use crate::task::Failure;
 
 /// Largest request body that a leaf accepts.
@@ -252,17 +252,7 @@ impl Interpreter for ContainerCommand {
                 entrances: cgroup.entrances()?,
             })?;
             let claim = Claim::new(launched.pid);
-            launched.proceed()?;
-            let mut failed = None;
-            for start in [false, true] {
-                if start {
-                    launched.start()?;
-                }
-                if let sock_sandbox::Progress::Failed(e) = progress(&launched).await? {
-                    failed = Some(e);
-                    break;
-                }
-            }
+            let failed = run_program(&launched).await?;
             let pidfd =
                 crate::async_fd::watch(launched.pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
             tokio::task::spawn_local(async move {

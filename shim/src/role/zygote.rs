@@ -3,7 +3,7 @@
 //! Its namespaces, the user namespace first of all, belong to a holder of their own, which outlives the pod while leaves
 //! forked from the zygote live: they are below its PID namespace. The holder therefore stays out of the pod's cgroup.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use sock_zygote::{Broker, Zygote};
 use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages};
 use crate::activation::ZygoteName;
 use crate::children::Claim;
-use crate::process::{Process, progress};
+use crate::process::{Process, run_program};
 use crate::status::StatusServer;
 use crate::task::Failure;
 
@@ -55,8 +55,6 @@ pub struct ZygoteContainer {
     control: RefCell<Option<OwnedFd>>,
     serving: RefCell<Option<tokio::task::AbortHandle>>,
     status: RefCell<Option<StatusServer>>,
-    /// Whether it was warm once.
-    pub warm: Cell<bool>,
 }
 
 /// The process that keeps a zygote's namespaces.
@@ -116,7 +114,6 @@ impl ZygoteContainer {
             control: RefCell::default(),
             serving: RefCell::default(),
             status: RefCell::default(),
-            warm: Cell::new(false),
         })
     }
 
@@ -165,16 +162,10 @@ impl ZygoteContainer {
         crate::home::keep_out(launched.pid);
         record(bundle, launched.pid)?;
         let made = async {
-            launched.proceed()?;
-            for step in ["make", "start"] {
-                if step == "start" {
-                    launched.start()?;
-                }
-                if let sock_sandbox::Progress::Failed(e) = progress(&launched).await? {
-                    return Err(Failure::unknown(format!(
-                        "namespaces of the zygote: {e}: this node may forbid user namespaces"
-                    )));
-                }
+            if let Some(e) = run_program(&launched).await? {
+                return Err(Failure::unknown(format!(
+                    "namespaces of the zygote: {e}: this node may forbid user namespaces"
+                )));
             }
             Ok(namespace::of_process(launched.pid, "user")?)
         };
@@ -295,7 +286,6 @@ impl ZygoteContainer {
             Err(e) => tracing::warn!(port = self.status_port, error = %e, "no status of the pool"),
         }
         *self.serving.borrow_mut() = Some(serve.abort_handle());
-        self.warm.set(true);
         Ok(())
     }
 
