@@ -3,10 +3,13 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help demo bench build payload extension images cluster install lint unit guest e2e test clean distclean
+.PHONY: help rust demo bench build payload extension images cluster install lint unit guest e2e test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+rust:
+	@.ci/rust
 
 demo: install ## a cluster with sock and the examples, each called and measured beside the same code on runc
 	e2e/demo
@@ -15,13 +18,13 @@ bench: install ## figures beside those of peers: a table, and target/bench.json
 	cargo build --locked --release -p sock-bench
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
 
-build: ## every program, for this machine
+build: rust ## every program, for this machine
 	cargo build --locked --release
 
-payload: ## what the project's images hold, below target/
+payload: rust ## what the project's images hold, below target/
 	.ci/payload
 
-extension: ## the zygote's Python extension, for glibc and for musl
+extension: rust ## the zygote's Python extension, for glibc and for musl
 	.ci/extension target/payload/opt/sock/lib
 
 images: payload ## archives of all images in target/images/
@@ -33,13 +36,13 @@ cluster: ## a kind cluster (CLUSTER=name), made or reused
 install: images cluster ## sock on the cluster, with the wheel index of the tests
 	e2e/cluster/install target/archives
 
-lint: ## all checks that run nothing
+lint: rust ## all checks that run nothing
 	.ci/lint
 
 unit: payload ## unit tests and, as root, the integration tests that need no cluster
 	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension
 
-guest: ## the sandbox's integration tests in a guest with cgroup v2
+guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 	e2e/guest/test
 
 # Tests on the cluster wait more than they compute, but more at once only make each other late.

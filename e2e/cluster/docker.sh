@@ -27,7 +27,8 @@ docker_start() {
   docker_choose
   if ! docker_answers; then
     [[ $EUID -eq 0 ]] || fail "no docker answers, and only root can start one"
-    need tini:tini iptables:iptables ip:iproute2 jq:jq
+    # A machine may have the client alone.
+    need dockerd:docker.io tini:tini iptables:iptables ip:iproute2 jq:jq
     docker_undo
     docker_remember_host
     docker_launch

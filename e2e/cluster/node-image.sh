@@ -21,6 +21,7 @@ node_image() {
     NODE_IMAGE=$name
     return
   fi
+  tools_need_go
   published=$(sed -n 's/^const Image = "\(.*\)"$/\1/p' "$(kind_source)/pkg/apis/config/defaults/image.go")
   if docker image inspect "$published" >/dev/null 2>&1 || timeout 15 docker manifest inspect "$published" >/dev/null 2>&1; then
     tools kind kubernetes
@@ -37,7 +38,8 @@ node_image() {
 }
 
 kind_source() {
-  (cd "$TOOLS_SOURCE/node" && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)
+  # Without the download, a module that nothing has been built of yet has no directory.
+  (cd "$TOOLS_SOURCE/node" && quiet go mod download sigs.k8s.io/kind && go list -m -f '{{.Dir}}' sigs.k8s.io/kind)
 }
 
 node_image_build() { # NAME KEY

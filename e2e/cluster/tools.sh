@@ -52,10 +52,14 @@ tools_link_flags() { # PROGRAM
   printf '%s' "$flags"
 }
 
+tools_need_go() {
+  command -v go >/dev/null || fail "Go is needed to build the cluster's tools (go.mod names the version)"
+}
+
 # tools [PROGRAM...]: sets TOOLS to a directory that has the named programs, or all.
 tools() {
   local program module package tags cgo wanted=" $* " previous
-  command -v go >/dev/null || fail "Go is needed to build the cluster's tools (go.mod names the version)"
+  tools_need_go
   TOOLS=$CACHE/tools/$(tools_key)
   [[ $wanted == "  " ]] && wanted=" $(tools_programs | cut -d' ' -f1 | tr '\n' ' ') "
   mkdir -p "$CACHE/tools"
