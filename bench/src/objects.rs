@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 /// What the harness calls the image that both sides run; the published one of this name is as good.
-pub const IMAGE: &str = "docker.io/library/python:3.11-slim-bookworm";
+pub const IMAGE: &str = "docker.io/library/python:3.13-slim-trixie";
 /// Of Function pods and of their peers.
 pub const PORT: u16 = 8080;
 

@@ -54,6 +54,11 @@ pub struct PackageSetSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "imports")]
     pub imports: Vec<String>,
+    /// Python code that the zygote runs repeatedly after the imports, and each spare once, so that what packages do at
+    /// their first use is done before a request comes: a small example of what Functions do with them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 8192))]
+    pub warm_up: Option<String>,
     /// Nodes that keep it warm; all that sock is installed on if left out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub node_selector: BTreeMap<String, String>,

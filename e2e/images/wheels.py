@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"]
-TARGET = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp"]
-TARGET += [f"--abi={abi}" for abi in ("cp311", "abi3", "none")]
+TARGET = ["--only-binary=:all:", "--python-version=3.13", "--implementation=cp"]
+TARGET += [f"--abi={abi}" for abi in ("cp313", "abi3", "none")]
 TARGET += [f"--platform={platform}" for platform in PLATFORMS]
 
 

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 /// The Python image of the tests.
-pub const PYTHON: &str = "docker.io/library/python:3.11-slim-bookworm";
+pub const PYTHON: &str = "docker.io/library/python:3.13-slim-trixie";
 /// The busybox image of the tests.
 pub const BUSYBOX: &str = "docker.io/library/busybox:1.36";
 /// The index that `make install` starts in the cluster.

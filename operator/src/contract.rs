@@ -57,6 +57,7 @@ pub mod annotation {
     pub const IMPORTS: &str = "sock.dev/imports";
     pub const SPARES: &str = "sock.dev/spares";
     pub const ACCEPTED_THREADS: &str = "sock.dev/accepted-threads";
+    pub const WARM_UP: &str = "sock.dev/warm-up";
     pub const STATUS_PORT: &str = "sock.dev/status-port";
     pub const FUNCTION: &str = "sock.dev/function";
     pub const FUNCTION_NAME: &str = "sock.dev/function-name";
@@ -74,7 +75,7 @@ pub mod annotation {
 /// What a pool or a Function runs on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Version {
-    /// SHA-256 of [`Version::lock`] and the imports: what a zygote is.
+    /// SHA-256 of [`Version::lock`], warm-up and imports: what a zygote is.
     pub digest: String,
     /// SHA-256 of image and requirements: what is installed.
     pub lock: String,
@@ -83,10 +84,10 @@ pub struct Version {
 }
 
 impl Version {
-    /// The version that image, requirements file and imports make.
-    pub fn new(image: &str, requirements: &str, imports: &[String]) -> Self {
+    /// The version that image, requirements file, imports and warm-up make.
+    pub fn new(image: &str, requirements: &str, imports: &[String], warm_up: &str) -> Self {
         let lock = sha256(&[image, requirements]);
-        let mut parts = vec![lock.as_str()];
+        let mut parts = vec![lock.as_str(), warm_up];
         parts.extend(imports.iter().map(String::as_str));
         let digest = sha256(&parts);
         Self {
@@ -205,14 +206,22 @@ mod tests {
                 .map(|&name| name.to_owned())
                 .collect::<Vec<_>>()
         };
-        let base = Version::new("python:3.11", "six==1.0\n", &imports(&["six"]));
-        let image = Version::new("python:3.12", "six==1.0\n", &imports(&["six"]));
-        let requirements = Version::new("python:3.11", "six==1.1\n", &imports(&["six"]));
-        let imported = Version::new("python:3.11", "six==1.0\n", &imports(&["six", "json"]));
+        let base = Version::new("python:3.11", "six==1.0\n", &imports(&["six"]), "");
+        let image = Version::new("python:3.12", "six==1.0\n", &imports(&["six"]), "");
+        let requirements = Version::new("python:3.11", "six==1.1\n", &imports(&["six"]), "");
+        let imported = Version::new("python:3.11", "six==1.0\n", &imports(&["six", "json"]), "");
+        let warmed = Version::new(
+            "python:3.11",
+            "six==1.0\n",
+            &imports(&["six"]),
+            "import six",
+        );
         assert_ne!(base.lock, image.lock);
         assert_ne!(base.lock, requirements.lock);
         assert_eq!(base.lock, imported.lock);
         assert_ne!(base.digest, imported.digest);
+        assert_eq!(base.lock, warmed.lock);
+        assert_ne!(base.digest, warmed.digest);
         assert!(
             base.digest.len() == 64 && base.digest.bytes().all(|byte| byte.is_ascii_hexdigit())
         );

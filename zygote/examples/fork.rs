@@ -1,7 +1,7 @@
 //! Starts a zygote, forks leaves for a handler, calls it once each, and prints where the time goes.
 //!
 //! ```text
-//! fork [--count N] [--spares N] [--imports a,b] [--packages DIR] [--python PATH] [--profile FILE] [HANDLER.py]
+//! fork [--count N] [--spares N] [--imports a,b] [--packages DIR] [--python PATH] [--profile FILE] [--warm-up CODE] [HANDLER.py]
 //! ```
 //!
 //! Needs root and `make extension`, no Kubernetes. A handler file defines `handler(event, context)`.
@@ -34,6 +34,7 @@ struct Options {
     packages: Option<PathBuf>,
     python: String,
     profile: Option<PathBuf>,
+    warm_up: String,
     handler: Option<PathBuf>,
 }
 
@@ -45,6 +46,7 @@ fn options() -> Options {
         packages: None,
         python: "/usr/bin/python3".into(),
         profile: None,
+        warm_up: String::new(),
         handler: None,
     };
     let mut args = std::env::args().skip(1);
@@ -56,6 +58,7 @@ fn options() -> Options {
             "--imports" => options.imports = value().split(',').map(Into::into).collect(),
             "--packages" => options.packages = Some(value().into()),
             "--python" => options.python = value(),
+            "--warm-up" => options.warm_up = value(),
             "--profile" => options.profile = Some(value().into()),
             path => options.handler = Some(path.into()),
         }
@@ -82,6 +85,7 @@ async fn run(options: &Options) {
     let imports: Vec<&str> = options.imports.iter().map(String::as_str).collect();
     let mut setup = zygote_setup(&imports);
     setup.spares = options.spares;
+    setup.warm_up.clone_from(&options.warm_up);
     if options.packages.is_some() {
         setup.path = vec!["/opt/sock-packages".into()];
     }

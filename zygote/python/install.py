@@ -109,4 +109,6 @@ def fail(message):
     sys.exit(1)
 
 
-main()
+# The processes that compile import this file too (Python 3.13 starts them by a fork server).
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ fn inline() -> Function {
 }
 
 fn version() -> Version {
-    Version::new("python:3.11", "", &["json".to_owned()])
+    Version::new("python:3.11", "", &["json".to_owned()], "")
 }
 
 fn set(ready: &str) -> Value {

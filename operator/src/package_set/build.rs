@@ -90,6 +90,10 @@ fn annotations(set: &PackageSet, tenant: &str, wanted: &Wanted) -> BTreeMap<Stri
             annotation::ACCEPTED_THREADS,
             list(&set.spec.accepted_threads),
         ),
+        (
+            annotation::WARM_UP,
+            set.spec.warm_up.clone().unwrap_or_default(),
+        ),
         (annotation::STATUS_PORT, STATUS_PORT.to_string()),
     ]
     .map(|(key, value)| (key.to_owned(), value))

@@ -72,7 +72,7 @@ async fn what_belongs_to_a_package_set_is_applied() {
     let sent = calls.await.unwrap();
 
     assert_eq!(sent[0]["data"], json!({ "requirements.txt": requirements }));
-    let version = Version::new("python:3.11", &requirements, &["six".to_owned()]);
+    let version = Version::new("python:3.11", &requirements, &["six".to_owned()], "");
     let pool = &sent[1]["spec"];
     assert_eq!(
         pool["updateStrategy"]["rollingUpdate"],
@@ -90,6 +90,7 @@ async fn what_belongs_to_a_package_set_is_applied() {
             "sock.dev/imports": "[\"six\"]",
             "sock.dev/spares": "1",
             "sock.dev/accepted-threads": "[]",
+            "sock.dev/warm-up": "",
             "sock.dev/status-port": "9464",
         })
     );
@@ -214,7 +215,7 @@ async fn reconciled(set: &PackageSet, desired: i32, pods: &[Value]) -> Value {
 #[tokio::test]
 async fn a_wrong_hash_is_what_the_condition_says() {
     let set = set(json!({ "lines": [LINE] }));
-    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()]);
+    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "");
     let status = reconciled(
         &set,
         2,
@@ -241,7 +242,7 @@ async fn functions_stay_on_the_old_version_until_the_new_one_is_warm_everywhere(
         ready_image: Some("python:3.10".into()),
         ..sock_crds::PackageSetStatus::default()
     });
-    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()]);
+    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "");
     let old = Version {
         digest: "old".into(),
         ..version.clone()

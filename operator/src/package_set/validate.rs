@@ -18,7 +18,12 @@ pub struct Wanted {
 /// Reads the requirements; the error is the condition that says what to mend.
 pub fn validate(set: &PackageSet, found: &Found) -> Result<Wanted, Finding> {
     let requirements = requirements(set, found)?;
-    let version = Version::new(&set.spec.image, &requirements, &set.spec.imports);
+    let version = Version::new(
+        &set.spec.image,
+        &requirements,
+        &set.spec.imports,
+        set.spec.warm_up.as_deref().unwrap_or_default(),
+    );
     Ok(Wanted {
         requirements,
         version,

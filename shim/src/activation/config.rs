@@ -143,6 +143,7 @@ impl FunctionConfig {
             "imports",
             "spares",
             "accepted-threads",
+            "warm-up",
             "status-port",
         ] {
             if get(name).is_some() {
@@ -428,7 +429,7 @@ mod tests {
         );
     }
 
-    const NAMES: [&str; 18] = [
+    const NAMES: [&str; 19] = [
         "tenant",
         "package-set",
         "lock",
@@ -438,6 +439,7 @@ mod tests {
         "imports",
         "spares",
         "accepted-threads",
+        "warm-up",
         "status-port",
         "function",
         "function-name",

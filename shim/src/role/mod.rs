@@ -225,3 +225,17 @@ fn modules(annotations: &HashMap<String, String>, name: &str) -> Result<Vec<Stri
         None => Ok(list),
     }
 }
+
+/// Longest code that a zygote runs after its imports, in bytes: it has to fit into one packet.
+const MOST_WARM_UP: usize = 8 << 10;
+
+/// Python code of the PackageSet; empty where it has none.
+fn warm_up(annotations: &HashMap<String, String>) -> Result<String, Failure> {
+    match annotations.get("sock.dev/warm-up") {
+        Some(code) if code.len() > MOST_WARM_UP => Err(Failure::invalid(format!(
+            "annotation sock.dev/warm-up has {} bytes: give at most {MOST_WARM_UP}",
+            code.len()
+        ))),
+        code => Ok(code.cloned().unwrap_or_default()),
+    }
+}

@@ -21,7 +21,7 @@ use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, name
 use sock_zygote::protocol::ZygoteSetup;
 use sock_zygote::{Broker, Zygote};
 
-use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages};
+use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages, warm_up};
 use crate::activation::ZygoteName;
 use crate::children::Claim;
 use crate::process::{Process, run_program};
@@ -84,6 +84,7 @@ impl ZygoteContainer {
             path: vec![SITE_PACKAGES.into()],
             spares: number("spares", 1, 64)?,
             accepted_threads: modules(annotations, "accepted-threads")?,
+            warm_up: warm_up(annotations)?,
         };
         let status_port = u16::try_from(number("status-port", 9464, 65535)?).unwrap_or(9464);
         let packages = packages(&name);
@@ -95,11 +96,6 @@ impl ZygoteContainer {
         }
         add_payload(spec, packages)?;
         add_env(spec, "SOCK_CONTROL_FD", "3");
-        let tuned = spec.process().as_ref().and_then(|p| p.env().as_ref());
-        if !tuned.is_some_and(|env| env.iter().any(|e| e.starts_with("GLIBC_TUNABLES="))) {
-            // malloc asks for huge pages (glibc 2.35; another C library passes it over): a fork copies fewer entries of page tables.
-            add_env(spec, "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1");
-        }
         let user = spec.process().as_ref().map(|p| UserMapping {
             uid: p.user().uid(),
             gid: p.user().gid(),

@@ -16,8 +16,9 @@ use rustix::mount::{
 use rustix::process::{DumpableBehavior, chdir, chroot, fchdir, set_dumpable_behavior};
 use rustix::system::sethostname;
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, clear_ambient_capability_set,
-    move_into_link_name_space, set_capabilities, set_no_new_privs, unshare_unsafe,
+    CapabilitySet, CapabilitySets, LinkNameSpaceType, UnshareFlags, capabilities,
+    clear_ambient_capability_set, move_into_link_name_space, set_capabilities, set_no_new_privs,
+    unshare_unsafe,
 };
 use sock_zygote_protocol::{LeafSetup, Phase, Rlimit};
 
@@ -115,8 +116,7 @@ pub fn prepare(phases: &mut Phases) -> Result<(), Error> {
             None::<&CStr>,
         )
         .map_err(at("mount a fresh /proc (mount)"))
-    })?;
-    phases.time("bounding", drop_bounding_set)
+    })
 }
 
 /// The rest. Yields the listener for intercepted sockets.
@@ -310,19 +310,28 @@ fn limit(limit: &Rlimit) -> Result<(), Error> {
     .map_err(at("set a resource limit (prlimit)"))
 }
 
-/// The bounding set can only be dropped with `CAP_SETPCAP`, so before the capabilities themselves.
-fn drop_bounding_set() -> Result<(), Error> {
+/// Empties the bounding set of a zygote, from which its leaves have theirs, and gives up what it takes to
+/// do so: `CAP_SETPCAP`.
+pub fn drop_bounding_set() -> Result<(), Error> {
     for capability in 0.. {
         // SAFETY: takes numbers only.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
-            return match last_errno() {
+            match last_errno() {
                 // One past the last that this kernel knows.
-                Errno::INVAL => Ok(()),
-                errno => Err(at("drop the capability bounding set (prctl)")(errno)),
-            };
+                Errno::INVAL => break,
+                errno => return Err(at("drop the capability bounding set (prctl)")(errno)),
+            }
         }
     }
-    Ok(())
+    let mut sets = capabilities(None).map_err(at("read the capabilities (capget)"))?;
+    for set in [
+        &mut sets.effective,
+        &mut sets.permitted,
+        &mut sets.inheritable,
+    ] {
+        set.remove(CapabilitySet::SETPCAP);
+    }
+    set_capabilities(None, sets).map_err(at("drop CAP_SETPCAP (capset)"))
 }
 
 fn drop_capabilities(forked: bool) -> Result<(), Error> {

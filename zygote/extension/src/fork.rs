@@ -38,10 +38,12 @@ pub enum Error {
 pub struct Forker {
     own_pids: OwnedFd,
     null: OwnedFd,
+    /// Whether a thread may write between two forks, whose buffered output would appear twice.
+    flush: bool,
 }
 
 impl Forker {
-    pub fn new() -> std::io::Result<Forker> {
+    pub fn new(flush: bool) -> std::io::Result<Forker> {
         Ok(Forker {
             own_pids: File::open("/proc/self/ns/pid")?.into(),
             null: File::options()
@@ -49,6 +51,7 @@ impl Forker {
                 .write(true)
                 .open("/dev/null")?
                 .into(),
+            flush,
         })
     }
 
@@ -59,7 +62,10 @@ impl Forker {
         runtime: &Runtime,
         channel: &OwnedFd,
     ) -> Result<Side, Error> {
-        runtime.flush(py);
+        // Whatever a zygote writes to is copied once more for it after each fork: it runs no Python it can do without.
+        if self.flush {
+            runtime.flush(py);
+        }
         // SAFETY: the GIL is held and the process has no other thread that the interpreter knows of;
         // the three calls stand where os.fork() makes them.
         unsafe { PyOS_BeforeFork() };

@@ -76,8 +76,11 @@ pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) ->
         }
         Birth::Spare => {
             let prepared = prepare(&mut Phases::default()).map_err(End::failed);
-            let prepared =
-                prepared.and_then(|()| runtime.reseed(py).map_err(|e| failed(py, runtime, &e)));
+            let prepared = prepared.and_then(|()| {
+                // Its pages that every leaf writes to are copied now, and not while a client waits.
+                runtime.rehearse(py);
+                runtime.reseed(py).map_err(|e| failed(py, runtime, &e))
+            });
             let Ok(mut assigned) = protocol::receive::<bool>(&channel) else {
                 exit(py, runtime, 0)
             };
@@ -189,7 +192,7 @@ fn become_leaf(
         .enter(py, &setup.env, &setup.path, &setup.cwd, &setup.handler)
         .map_err(explain)?;
     if birth == Birth::Fork {
-        runtime.reseed(py).map_err(explain)?;
+        runtime.reseed_untouched(py).map_err(explain)?;
     }
     let begin = Instant::now();
     let handler = runtime
@@ -211,11 +214,14 @@ fn become_leaf(
     Ok(http::Server::new(handler, setup))
 }
 
-/// Gives every descriptor its place, and reads the setup.
+/// Whether the process has one thread. A process that has is asked for nothing by this flag, any other is refused
+/// (`check_unshare_flags`, kernel/fork.c).
 fn alone() -> bool {
-    std::fs::read_dir("/proc/self/task").is_ok_and(|list| list.count() == 1)
+    // SAFETY: changes nothing.
+    unsafe { libc::unshare(libc::CLONE_THREAD) == 0 }
 }
 
+/// Gives every descriptor its place, and reads the setup.
 fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, Fds), End> {
     if roles.len() != list.len() {
         return Err(End::failed(format!(

@@ -3,11 +3,14 @@
 //! It is loaded by the entry points in `zygote/python`, on whatever Python an image brings (stable
 //! ABI, 3.10 or newer), and works in one thread: it forks.
 
+mod arenas;
 mod confine;
 mod filter;
 mod fork;
 mod http;
+mod immortal;
 mod leaf;
+mod nursery;
 mod pages;
 mod python;
 mod stream;

@@ -6,17 +6,24 @@
 
 use std::fs::read_to_string;
 
+use crate::nursery::Nursery;
+
 const HUGE: usize = 2 << 20;
 /// `MADV_COLLAPSE` (madvise(2)), since Linux 6.1.
 const COLLAPSE: libc::c_int = 25;
 
-/// Asks for huge pages under all private anonymous memory of this process. What the kernel does not
+/// Asks for huge pages under all private anonymous memory of this process but what is `fresh`. What the kernel does not
 /// give stays as it is.
-pub fn collapse() {
+pub fn collapse(fresh: Nursery) {
     let Ok(maps) = read_to_string("/proc/self/maps") else {
         return;
     };
     for (from, to) in maps.lines().filter_map(anonymous) {
+        let ends = [fresh.heap, fresh.arenas].into_iter();
+        let to = ends
+            .filter(|end| (from..to).contains(end))
+            .min()
+            .unwrap_or(to);
         let (from, to) = (from.next_multiple_of(HUGE), to / HUGE * HUGE);
         if from < to {
             // SAFETY: collapsing changes where memory lies, not what it holds; the range was read from

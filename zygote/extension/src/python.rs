@@ -1,5 +1,6 @@
 //! The functions of `runtime.py`, called from Rust.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 
 use pyo3::exceptions::PySystemExit;
@@ -9,6 +10,8 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 /// `runtime.py`, compiled.
 pub struct Runtime {
     module: Py<PyModule>,
+    /// Address of the state of numpy's global generator, once it is known; 0 if there is none.
+    generator: Cell<usize>,
 }
 
 /// What a person is told when Python code failed.
@@ -26,6 +29,9 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
+/// Of the state of a Mersenne twister.
+const WORDS: u16 = 624;
+
 const SOURCE: &CStr =
     match CStr::from_bytes_with_nul(concat!(include_str!("runtime.py"), "\0").as_bytes()) {
         Ok(source) => source,
@@ -37,12 +43,14 @@ impl Runtime {
         let module = PyModule::from_code(py, SOURCE, c"<sock>", c"sock_runtime")?;
         Ok(Runtime {
             module: module.unbind(),
+            generator: Cell::new(0),
         })
     }
 
     pub fn clone_ref(&self, py: Python<'_>) -> Runtime {
         Runtime {
             module: self.module.clone_ref(py),
+            generator: self.generator.clone(),
         }
     }
 
@@ -56,8 +64,24 @@ impl Runtime {
             .map(drop)
     }
 
+    pub fn warm_up(&self, py: Python<'_>, code: &str) -> PyResult<()> {
+        self.function(py, "warm_up")?.call1((code,)).map(drop)
+    }
+
     pub fn settle(&self, py: Python<'_>) -> PyResult<()> {
-        self.function(py, "settle")?.call0().map(drop)
+        self.function(py, "settle")?.call0()?;
+        let generator = self.function(py, "generator_state")?.call0()?;
+        self.generator.set(generator.extract()?);
+        Ok(())
+    }
+
+    /// In a spare. That it cannot is no reason to do without the spare.
+    pub fn rehearse(&self, py: Python<'_>) {
+        let _ = self.function(py, "rehearse").and_then(|f| f.call0());
+    }
+
+    pub fn freeze(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "freeze")?.call0().map(drop)
     }
 
     pub fn threads_of_python(&self, py: Python<'_>) -> PyResult<String> {
@@ -87,8 +111,27 @@ impl Runtime {
             .map(drop)
     }
 
+    /// New seeds for the generators that a fork has copied.
     pub fn reseed(&self, py: Python<'_>) -> PyResult<()> {
         self.function(py, "reseed")?.call0().map(drop)
+    }
+
+    /// The same, as long as nobody has used them since [`Runtime::settle`].
+    pub fn reseed_untouched(&self, py: Python<'_>) -> PyResult<()> {
+        let state = self.generator.get() as *mut u32;
+        if state.is_null() {
+            return self.reseed(py);
+        }
+        let size = usize::from(WORDS) * size_of::<u32>();
+        // SAFETY: numpy keeps its MT19937 there for as long as the process lives, 624 words and the position of the
+        // next (numpy/random/src/mt19937/mt19937.h); `generator_state` has made sure of the kind. The GIL is held.
+        let got = unsafe { libc::getrandom(state.cast(), size, 0) };
+        if usize::try_from(got) != Ok(size) {
+            return self.reseed(py);
+        }
+        // SAFETY: likewise. Past the last word: the next number is of a new round.
+        unsafe { state.add(WORDS.into()).write(WORDS.into()) };
+        Ok(())
     }
 
     pub fn allow_threads(&self, py: Python<'_>, count: u32) -> PyResult<()> {

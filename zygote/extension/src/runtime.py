@@ -28,6 +28,7 @@ SINGLE_THREADED = {
 
 _HERE = __file__
 _pools = None
+_warm_up = None
 
 
 def become_zygote(path):
@@ -46,18 +47,69 @@ def become_zygote(path):
             stream.reconfigure(line_buffering=True)
 
 
+# So many calls specialize code (PEP 659; Python 3.11 begins at the eighth, a loop of it at the sixteenth).
+_OFTEN = 20
+
+
+def warm_up(code):
+    """Runs what a PackageSet does ahead of all its leaves."""
+    global _warm_up
+    if code:
+        _warm_up = compile(code, "<warmUp>", "exec")
+        for _ in range(_OFTEN):
+            _run_warm_up()
+
+
+def _run_warm_up():
+    exec(_warm_up, {"__name__": "__warm_up__"})
+
+
 def settle():
     """After the last import: what exists now is shared by all leaves."""
     global _pools
     if "numpy" in sys.modules:
         _pools = _find_pools()
-    # The cache describes directories of this image, and a leaf has another root. What a leaf would throw away is
-    # thrown away here: freeing hundreds of strings of directory listings copies every page that holds one.
-    sys.path_importer_cache.clear()
+    for _ in range(_OFTEN):
+        _rehearse()
     os.environ.clear()
     import gc
 
     gc.collect()
+
+
+def rehearse():
+    """In a spare: touches what its request will touch."""
+    _rehearse()
+    if _warm_up is not None:
+        _run_warm_up()
+
+
+def _rehearse():
+    """Does what every leaf does. In a zygote code that has run often is specialized, and need not be written to by a
+    leaf; and directories that leaves share have been listed (a leaf asks for the time of their change)."""
+    from importlib.machinery import PathFinder
+
+    before = list(sys.path)
+    try:
+        enter(dict(os.environ), _REHEARSAL, os.getcwd(), "rehearsal.handler")
+        handler = load("rehearsal.handler", _REHEARSAL)
+        call(handler, {"query": {}, "body": b"{}"}, Context("", "", "", "", 1))
+        PathFinder.find_spec("sock_rehearsal")
+    finally:
+        sys.modules.pop("rehearsal", None)
+        sys.path[:] = before
+    reseed()
+    allow_threads(1)
+
+
+# Where sock's files are in every image that a zygote runs in.
+_REHEARSAL = ["/opt/sock/python"]
+
+
+def freeze():
+    """The collector looks no more at what exists now: a leaf's collection would write to all of it."""
+    import gc
+
     gc.freeze()
 
 
@@ -110,10 +162,25 @@ def reseed():
     goes by the process number, and that of a leaf is 1 and never a zygote's."""
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
-        numpy.seed()
+        # 256 bits of the kernel's; without an argument numpy spends half a millisecond on the same.
+        numpy.seed(memoryview(os.urandom(32)).cast("I").tolist())
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.seed()
+
+
+def generator_state():
+    """Address of the state of numpy's global generator, 0 if it has none of the kind that is known: where a leaf
+    writes random bytes, which is quicker than to run code of numpy's that nobody else may need."""
+    if "numpy.random" not in sys.modules or "torch" in sys.modules:
+        return 0
+    try:
+        generator = sys.modules["numpy.random"].mtrand._rand._bit_generator
+        if type(generator).__name__ != "MT19937" or generator.state["state"]["key"].nbytes != 2496:
+            return 0
+        return generator.ctypes.state_address
+    except (AttributeError, KeyError, ImportError):
+        return 0
 
 
 def allow_threads(count):

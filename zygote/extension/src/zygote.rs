@@ -19,8 +19,10 @@ use sock_zygote_protocol::{
 };
 
 use crate::fork::{Error as ForkError, Forker, Side};
+use crate::immortal::immortalize;
 use crate::leaf::{self, Birth};
 use crate::python::Runtime;
+use crate::{arenas, confine, nursery, pages};
 
 /// A spare is replaced when nothing has been asked for this long: its fork would otherwise take the
 /// processor from the request that has just got the last one.
@@ -29,6 +31,8 @@ const QUIET: Duration = Duration::from_millis(4);
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// Channels of Functions' shims on one node. kubelet's own default limit is 110 pods.
 const MOST_CHANNELS: usize = 4096;
+/// What is at fault where it is no module.
+const WARM_UP: &str = "warmUp";
 /// Spares beyond this are a mistake in the setup.
 const MOST_SPARES: u32 = 64;
 
@@ -65,8 +69,10 @@ pub fn run(py: Python<'_>, control: OwnedFd) -> PyResult<()> {
     // import may have waited for children of its own.
     // SAFETY: sets the action of a signal; SIG_IGN runs no code.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
-    let forker =
-        Forker::new().map_err(|e| PyRuntimeError::new_err(format!("prepare to fork: {e}")))?;
+    // Here and not in each leaf: it takes a system call for every capability that there is.
+    confine::drop_bounding_set().map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+    let forker = Forker::new(!setup.accepted_threads.is_empty())
+        .map_err(|e| PyRuntimeError::new_err(format!("prepare to fork: {e}")))?;
     protocol::send(&control, &ready, &[]).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
     Zygote {
         runtime,
@@ -97,9 +103,21 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
     runtime
         .become_zygote(py, &setup.path)
         .map_err(|e| refuse("", &e))?;
+    arenas::gather();
     let start = Instant::now();
     let mut modules = Vec::with_capacity(setup.imports.len());
     let mut threads = threads().unwrap_or(1);
+    let check_threads = |module: &str, threads: &mut usize| {
+        let now = threads_of(module)?;
+        if now > *threads && !setup.accepted_threads.iter().any(|name| name == module) {
+            return Err(Refusal {
+                module: module.to_owned(),
+                message: thread_message(py, runtime, now - *threads),
+            });
+        }
+        *threads = now;
+        Ok(())
+    };
     for name in &setup.imports {
         let begin = Instant::now();
         py.import(name.as_str()).map_err(|e| refuse(name, &e))?;
@@ -107,17 +125,17 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
             name: name.clone(),
             micros: micros(begin),
         });
-        let now = threads_of(name)?;
-        if now > threads && !setup.accepted_threads.contains(name) {
-            return Err(Refusal {
-                module: name.clone(),
-                message: thread_message(py, runtime, now - threads),
-            });
-        }
-        threads = now;
+        check_threads(name, &mut threads)?;
     }
+    runtime
+        .warm_up(py, &setup.warm_up)
+        .map_err(|e| refuse(WARM_UP, &e))?;
+    check_threads(WARM_UP, &mut threads)?;
     runtime.settle(py).map_err(|e| refuse("", &e))?;
-    crate::pages::collapse();
+    let immortal = immortalize(py).map_err(|e| refuse("", &e))?;
+    runtime.freeze(py).map_err(|e| refuse("", &e))?;
+    pages::collapse(nursery::begin(py));
+    eprintln!("sock: {immortal} objects are not counted any more");
     Ok(FromZygote::Ready {
         import_micros: micros(start),
         modules,
@@ -154,8 +172,8 @@ fn thread_message(py: Python<'_>, runtime: &Runtime, count: usize) -> String {
         format!("; Python's own: {python}")
     };
     format!(
-        "its import started {count} thread{} ({}{python}), which a fork does not carry over; \
-         keep it from starting threads at import, or add it to the accepted threads at your own risk",
+        "it started {count} thread{} ({}{python}), which a fork does not carry over; \
+         keep it from starting threads, or add it to the accepted threads at your own risk",
         if count == 1 { "" } else { "s" },
         names.join(", ")
     )
@@ -175,7 +193,6 @@ impl Zygote {
     fn serve(mut self, py: Python<'_>) -> PyResult<()> {
         let mut replenish_at = Instant::now();
         loop {
-            py.check_signals()?;
             let missing = self.spares.len() < self.wanted;
             let wait = missing.then(|| replenish_at.saturating_duration_since(Instant::now()));
             let events = self.look(py, wait)?;

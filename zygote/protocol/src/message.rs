@@ -31,6 +31,8 @@ pub struct ZygoteSetup {
     pub spares: u32,
     /// Modules whose threads are accepted although a fork may not carry them over.
     pub accepted_threads: Vec<String>,
+    /// Python code to run once after the imports: what packages do at their first use is then done.
+    pub warm_up: String,
 }
 
 /// From a zygote.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg,
     sendmsg, socketpair,
 };
 use serde::Serialize;
@@ -111,13 +111,27 @@ pub fn send<M: Serialize>(
     }
 }
 
+/// Size in bytes of the packet that is next, for which this waits like `recvmsg(2)`; 0 at the end of the stream.
+fn waiting(socket: impl AsFd) -> Result<usize, Error> {
+    let mut none = [0u8; 0];
+    loop {
+        match recv(&socket, &mut none[..], RecvFlags::PEEK | RecvFlags::TRUNC) {
+            Ok((_, size)) => return Ok(size),
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Err(Error::Closed),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Receives one message. Descriptors of a packet that is refused are closed.
 ///
 /// # Errors
 /// [`Error::Closed`] at the end of the stream, [`Error::Malformed`] and [`Error::TooLarge`] for what a
 /// well-behaved peer does not send.
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Error> {
-    let mut bytes = vec![0u8; MAX_MESSAGE];
+    // As large as the packet: in a forked process, each page of a larger buffer would be a fault.
+    let mut bytes = vec![0u8; waiting(&socket)?.min(MAX_MESSAGE)];
     let mut space =
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -469,6 +469,7 @@ pub fn zygote_setup(imports: &[&str]) -> ZygoteSetup {
         path: vec!["/opt/sock/site-packages".into()],
         spares: 0,
         accepted_threads: vec![],
+        warm_up: String::new(),
     }
 }
 
