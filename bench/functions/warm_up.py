@@ -4,5 +4,5 @@ import pandas
 from sklearn.linear_model import LinearRegression
 
 frame = pandas.DataFrame({"a": [1.0, 2.0]})
-frame["b"] = LinearRegression().fit(frame[["a"]], frame["a"]).predict(frame[["a"]].to_numpy())
+frame["b"] = LinearRegression().fit(frame[["a"]].to_numpy(), frame["a"]).predict(frame[["a"]].to_numpy())
 frame["b"].round(3).tolist()

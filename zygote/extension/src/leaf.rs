@@ -214,11 +214,10 @@ fn become_leaf(
     Ok(http::Server::new(handler, setup))
 }
 
-/// Whether the process has one thread. A process that has is asked for nothing by this flag, any other is refused
-/// (`check_unshare_flags`, kernel/fork.c).
+/// Whether the process has one thread: the directory of its threads has a link for each besides its own two
+/// (`proc_task_getattr`, fs/proc/base.c).
 fn alone() -> bool {
-    // SAFETY: changes nothing.
-    unsafe { libc::unshare(libc::CLONE_THREAD) == 0 }
+    rustix::fs::stat(c"/proc/self/task").is_ok_and(|task| task.st_nlink == 3)
 }
 
 /// Gives every descriptor its place, and reads the setup.
