@@ -1,5 +1,6 @@
 //! Cgroups of leaves: what makes one leaf stop, go on, and end, whatever processes it has started.
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -9,7 +10,7 @@ use sock_sandbox::cgroup::Cgroup;
 
 /// Makes cgroups for leaves.
 pub trait LeafCgroups {
-    /// A new one below the container's. `name` is unique in the pod.
+    /// One below the container's with nothing in it. `name` is unique in the pod.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -45,59 +46,108 @@ pub trait LeafCgroup {
     /// # Errors
     /// They cannot be listed.
     fn is_empty(&self) -> Result<bool>;
-    /// Removes it; `EBUSY` while a process is left.
+    /// Removes it, or keeps it for the next leaf; `EBUSY` while a process is left.
     ///
     /// # Errors
     /// The kernel refuses.
     fn remove(&self) -> Result<()>;
 }
 
-/// Cgroups below a container's.
-#[derive(Debug, Clone)]
-pub struct BelowContainer(pub Cgroup);
+/// How many cgroups wait for another leaf when theirs has ended.
+const KEPT: usize = 1;
 
-struct Below {
+/// Cgroups below a container's. To make one costs more than a fork of a small process, so the last one is kept when
+/// its leaf has ended (SOCK, ATC '18, section 4.1); it goes with the container's.
+#[derive(Debug)]
+pub struct BelowContainer {
+    container: Cgroup,
+    kept: Kept,
+}
+
+type Kept = Rc<RefCell<Vec<Rc<Place>>>>;
+
+/// A cgroup that leaves live in, one after the other.
+#[derive(Debug)]
+struct Place {
     cgroup: Cgroup,
     name: String,
+    entrances: Vec<OwnedFd>,
+}
+
+struct Below {
+    place: Rc<Place>,
+    kept: Kept,
+}
+
+impl BelowContainer {
+    /// Below the cgroup of a container that is delegated to.
+    #[must_use]
+    pub fn new(container: Cgroup) -> BelowContainer {
+        BelowContainer {
+            container,
+            kept: Kept::default(),
+        }
+    }
 }
 
 impl LeafCgroups for BelowContainer {
     fn make(&self, name: &str) -> Result<Rc<dyn LeafCgroup>> {
+        let kept = self.kept.borrow_mut().pop();
+        let place = match kept {
+            Some(place) => place,
+            None => {
+                let cgroup = self.container.leaf(name)?;
+                Rc::new(Place {
+                    entrances: cgroup.entrances()?,
+                    name: name.to_owned(),
+                    cgroup,
+                })
+            }
+        };
         Ok(Rc::new(Below {
-            cgroup: self.0.leaf(name)?,
-            name: name.to_owned(),
+            place,
+            kept: Rc::clone(&self.kept),
         }))
     }
 }
 
 impl LeafCgroup for Below {
     fn entrances(&self) -> Result<Vec<OwnedFd>> {
-        self.cgroup.entrances()
+        let copies = self.place.entrances.iter().map(OwnedFd::try_clone);
+        copies
+            .collect::<std::io::Result<_>>()
+            // Out of descriptors, then; opening anew says so with the path.
+            .or_else(|_| self.place.cgroup.entrances())
     }
 
     fn directory(&self) -> Option<PathBuf> {
-        self.cgroup.controller("memory").map(PathBuf::from)
+        self.place.cgroup.controller("memory").map(PathBuf::from)
     }
 
     fn freeze(&self) -> Result<()> {
-        self.cgroup.freeze()
+        self.place.cgroup.freeze()
     }
 
     fn thaw(&self) -> Result<()> {
-        self.cgroup.thaw()
+        self.place.cgroup.thaw()
     }
 
     fn kill(&self) -> Result<()> {
-        self.cgroup.kill()
+        self.place.cgroup.kill()
     }
 
     fn is_empty(&self) -> Result<bool> {
-        self.cgroup
+        self.place
+            .cgroup
             .processes()
             .map(|processes| processes.is_empty())
     }
 
     fn remove(&self) -> Result<()> {
-        self.cgroup.remove_leaf(&self.name)
+        if self.kept.borrow().len() < KEPT && self.is_empty()? && self.thaw().is_ok() {
+            self.kept.borrow_mut().push(Rc::clone(&self.place));
+            return Ok(());
+        }
+        self.place.cgroup.remove_leaf(&self.place.name)
     }
 }

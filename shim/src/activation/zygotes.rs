@@ -97,6 +97,8 @@ const GIVEN_UP_FOR: Duration = Duration::from_secs(60);
 struct Attached {
     attachment: Rc<Attachment>,
     root: FunctionRoot,
+    /// The next leaf's, cloned ahead.
+    tree: RefCell<Option<OwnedFd>>,
     pod: Rc<Pod>,
     listening: AbortHandle,
     abandoned: Cell<bool>,
@@ -202,6 +204,7 @@ impl Attached {
         Attached {
             attachment,
             root,
+            tree: RefCell::new(None),
             pod,
             listening: listening.abort_handle(),
             abandoned: Cell::new(false),
@@ -226,7 +229,11 @@ impl Zygote for Attached {
             // The tree is cloned while the zygote forks: the first poll of `fork` sends the request.
             let prepare = async {
                 let entrances = cgroup.entrances()?;
-                Ok::<_, ForkError>((self.root.clone_tree()?, entrances))
+                let tree = match self.tree.take() {
+                    Some(tree) => tree,
+                    None => self.root.clone_tree()?,
+                };
+                Ok::<_, ForkError>((tree, entrances))
             };
             let fork = async { Ok(self.attachment.zygote.fork(false).await?) };
             let ((arrived, origin), (tree, entrances)): ((Arrived, _), _) =
@@ -238,10 +245,10 @@ impl Zygote for Attached {
                 stdout: Some(self.pod.stdout.as_fd()),
                 stderr: Some(self.pod.stderr.as_fd()),
             };
-            Ok(Forked {
-                leaf: arrived.setup(&self.pod.setup, &fds)?,
-                origin,
-            })
+            let leaf = arrived.setup(&self.pod.setup, &fds)?;
+            // While the leaf confines itself there is time; the next one may come from a spare and wait for nothing else.
+            self.tree.replace(self.root.clone_tree().ok());
+            Ok(Forked { leaf, origin })
         })
     }
 

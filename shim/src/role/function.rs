@@ -105,8 +105,12 @@ impl FunctionContainer {
             stdout,
             stderr,
         });
-        let surroundings =
-            Surroundings::new(zygotes, interpreter, Rc::new(BelowContainer(cgroup)), setup);
+        let surroundings = Surroundings::new(
+            zygotes,
+            interpreter,
+            Rc::new(BelowContainer::new(cgroup)),
+            setup,
+        );
         let activation = Activation::start(&self.config, surroundings)
             .await
             .map_err(Failure::unknown)?;
