@@ -206,6 +206,45 @@ fn the_functions_module_wins_over_one_that_the_zygote_has_imported() {
 }
 
 #[test]
+fn what_warms_up_runs_often_in_the_zygote_and_once_more_in_a_spare() {
+    const COUNT: &str = "import sys\nsys.warmed = getattr(sys, 'warmed', 0) + 1\n";
+    const REPORT: &str = "import sys\ndef handler(event, context):\n    return sys.warmed\n";
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.spares = 1;
+        setup.warm_up = COUNT.into();
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, REPORT, &[]);
+        let fresh = function.leaf(&pool.channel, true, None).await.unwrap();
+        let in_zygote = answer(&fresh).await.as_u64().unwrap();
+        // A code object is specialized at its eighth call at the latest.
+        assert!(in_zygote >= 8, "{in_zygote}");
+        while support::children(pool.process.pid()).len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let leaf = function.leaf(&pool.channel, false, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, in_zygote + 1);
+    });
+}
+
+#[test]
+fn a_failing_warm_up_is_named_with_its_line() {
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.warm_up = "import json\njson.no_such_thing\n".into();
+        let result = Pool::start(Container::new(&[], &[]), &setup).await;
+        let Err(Error::Refused { module, message }) = result else {
+            panic!("the zygote was not refused");
+        };
+        assert_eq!(module, "warmUp");
+        assert_eq!(
+            message,
+            "AttributeError: module 'json' has no attribute 'no_such_thing' (<warmUp>, line 2)"
+        );
+    });
+}
+
+#[test]
 fn spares_are_taken_and_replaced() {
     shim(async {
         let mut setup = zygote_setup(&["json"]);
