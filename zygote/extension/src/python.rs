@@ -154,9 +154,14 @@ impl Runtime {
 
     /// Never fails: what cannot be explained is shown as the exception shows itself.
     pub fn explain(&self, py: Python<'_>, error: &PyErr) -> Explained {
+        let value = error.value(py);
+        if let Some(traceback) = error.traceback(py) {
+            // Before Python 3.12 an exception that has come out of a call does not hold it by itself.
+            let _ = value.setattr("__traceback__", traceback);
+        }
         let explained: PyResult<(String, String)> = self
             .function(py, "explain")
-            .and_then(|f| f.call1((error.value(py),)))
+            .and_then(|f| f.call1((value,)))
             .and_then(|r| r.extract());
         match explained {
             Ok((line, traceback)) => Explained { line, traceback },
