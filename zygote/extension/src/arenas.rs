@@ -8,8 +8,8 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// A huge page (x86_64 and arm64 with pages of 4 KiB).
-const HUGE: usize = 2 << 20;
+use crate::pages::HUGE;
+
 /// Address space of one range. It costs nothing until it is used, and a zygote rarely needs a second.
 const RANGE: usize = 1 << 30;
 

@@ -8,7 +8,8 @@ use std::fs::read_to_string;
 
 use crate::nursery::Nursery;
 
-const HUGE: usize = 2 << 20;
+/// A huge page (x86_64, and arm64 with pages of 4 KiB), in bytes.
+pub const HUGE: usize = 2 << 20;
 /// `MADV_COLLAPSE` (madvise(2)), since Linux 6.1.
 const COLLAPSE: libc::c_int = 25;
 

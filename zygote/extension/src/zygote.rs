@@ -133,6 +133,8 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
     check_threads(WARM_UP, &mut threads)?;
     runtime.settle(py).map_err(|e| refuse("", &e))?;
     let immortal = immortalize(py).map_err(|e| refuse("", &e))?;
+    // Half a line that an import has printed would be printed again by every leaf.
+    runtime.flush(py);
     runtime.freeze(py).map_err(|e| refuse("", &e))?;
     pages::collapse(nursery::begin(py));
     eprintln!("sock: {immortal} objects are not counted any more");
