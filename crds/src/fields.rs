@@ -1,19 +1,30 @@
 //! Fields that both resources have.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::ResourceRequirements;
+use k8s_openapi::api::core::v1::{EnvVar, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::KubeSchema;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 pub use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 /// What a container asks for and may use at most.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.requests) || !has(self.limits) || !('cpu' in self.requests) || !('cpu' in self.limits) || quantity(string(self.requests['cpu'])).compareTo(quantity(string(self.limits['cpu']))) <= 0")
+        .message("requests.cpu is more than limits.cpu: lower the request or raise the limit"),
+    validation = Rule::new("!has(self.requests) || !has(self.limits) || !('memory' in self.requests) || !('memory' in self.limits) || quantity(string(self.requests['memory'])).compareTo(quantity(string(self.limits['memory']))) <= 0")
+        .message("requests.memory is more than limits.memory: lower the request or raise the limit"),
+    validation = Rule::new("!has(self.requests) || !has(self.limits) || !('ephemeral-storage' in self.requests) || !('ephemeral-storage' in self.limits) || quantity(string(self.requests['ephemeral-storage'])).compareTo(quantity(string(self.limits['ephemeral-storage']))) <= 0")
+        .message("requests.ephemeral-storage is more than limits.ephemeral-storage: lower the request or raise the limit"),
+    validation = Rule::new("!has(self.limits) || !('memory' in self.limits) || quantity(string(self.limits['memory'])).compareTo(quantity('16Mi')) >= 0")
+        .message("limits.memory is less than an interpreter needs: give at least 16Mi (m means thousandths of a byte, M and Mi mean megabytes)")
+)]
 pub struct Resources {
     /// What the scheduler sets aside, by name: cpu, memory, ephemeral-storage.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -53,12 +64,37 @@ impl Resources {
 fn quantities(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
-        "maxProperties": 16,
+        "maxProperties": 8,
         "additionalProperties": {
             "x-kubernetes-int-or-string": true,
             "anyOf": [{ "type": "integer" }, { "type": "string" }],
+            "maxLength": 32,
             "pattern": r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?$",
         },
+        "x-kubernetes-validations": [{
+            "rule": "self.all(name, name in ['cpu', 'memory', 'ephemeral-storage'] || name.contains('/'))",
+    "message": "a name is not cpu, memory, ephemeral-storage or a device of the form vendor.example/name",
+        }],
+    })
+}
+
+/// Environment variables, keyed by name: the API server refuses two of one name, and names the field.
+pub(crate) fn variables(generator: &mut SchemaGenerator) -> Schema {
+    let mut item = <EnvVar as JsonSchema>::json_schema(generator).to_value();
+    item["properties"]["name"]["minLength"] = json!(1);
+    item["properties"]["name"]["maxLength"] = json!(256);
+    item["properties"]["name"]["pattern"] = json!("^[^=\\s]+$");
+    item["x-kubernetes-validations"] = json!([{
+        "rule": "!has(self.value) || size(self.value) == 0 || !has(self.valueFrom)",
+        "messageExpression": "'env ' + self.name + ': set value or valueFrom, not both'",
+    }]);
+    json_schema!({
+        "type": "array",
+        "description": "Environment variables, each name once.",
+        "maxItems": 256,
+        "x-kubernetes-list-type": "map",
+        "x-kubernetes-list-map-keys": ["name"],
+        "items": item,
     })
 }
 
@@ -84,13 +120,22 @@ pub(crate) fn conditions(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// The text of a schema's `pattern`, kept as a type so that a list's items can carry it.
-pub(crate) fn strings(description: &str, pattern: &'static str, length: u32, items: u32) -> Schema {
-    let description: Cow<'_, str> = description.into();
+/// A module's dotted name.
+const MODULE: &str = "^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*$";
+
+/// A list of modules.
+pub(crate) fn modules(description: &str, items: u32) -> Schema {
     json_schema!({
         "type": "array",
         "description": description,
         "maxItems": items,
-        "items": { "type": "string", "maxLength": length, "pattern": pattern },
+        "items": {
+            "type": "string",
+            "maxLength": 256,
+            "x-kubernetes-validations": [{
+                "rule": format!("self.matches('{MODULE}')"),
+                "messageExpression": "'\"' + self + '\" is no name of a module: give names as import statements have them, like json or scipy.stats'",
+            }],
+        },
     })
 }

@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Condition, Resources, conditions};
+use crate::fields::{Condition, Resources, conditions, variables};
 use crate::package_set::NodeFailure;
 
 /// Code with a handler, served over HTTP, that holds no interpreter while nobody calls it.
@@ -38,6 +38,10 @@ use crate::package_set::NodeFailure;
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[x_kube(
+    validation = Rule::new("self.packageSet.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
+        .message(Message::Expression("'packageSet: \"' + self.packageSet + '\" is no name of a PackageSet: those begin with a letter and consist of a-z, 0-9 and -'".into())),
+    validation = Rule::new("self.handler.matches('^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)+$')")
+        .message(Message::Expression("'handler: \"' + self.handler + '\" is not of the form module.function: app.handler is the function handler in app.py'".into())),
     validation = Rule::new("!has(self.source.inline) || self.handler.matches('^[^.]+[.][^.]+$')")
         .message(Message::Expression("'handler: ' + self.handler + ' names a module in a package, which inline code cannot have: use MODULE.FUNCTION'".into())),
     validation = Rule::new("!has(self.idle) || self.idle.freezeAfterMs <= self.idle.endAfterMs")
@@ -45,22 +49,16 @@ use crate::package_set::NodeFailure;
 )]
 pub struct FunctionSpec {
     /// Name of the PackageSet, in the same namespace, that it runs on.
-    #[schemars(
-        length(min = 1, max = 50),
-        regex(pattern = r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
-    )]
+    #[schemars(length(min = 1, max = 50))]
     pub package_set: String,
     /// Its code.
     pub source: Source,
     /// What is called for a request, as `module.function`: `app.handler` is `handler` in `app.py`.
-    #[schemars(
-        length(max = 256),
-        regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+$")
-    )]
+    #[schemars(length(max = 256))]
     pub handler: String,
     /// Environment variables.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 256))]
+    #[schemars(schema_with = "variables")]
     pub env: Vec<EnvVar>,
     /// Secrets and ConfigMaps whose keys all become environment variables.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -104,12 +102,16 @@ fn eight() -> i32 {
 /// Where the code is.
 #[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.inline) != has(self.configMap)")
-    .message("source: set exactly one of inline and configMap"))]
+#[x_kube(
+    validation = Rule::new("has(self.inline) != has(self.configMap)")
+        .message("source: set exactly one of inline and configMap"),
+    validation = Rule::new("!has(self.inline) || size(self.inline) <= 131072")
+        .message("source.inline: more than 131072 characters: put larger code into a ConfigMap (source.configMap) or into a package")
+)]
 pub struct Source {
     /// The module that the handler names, as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 262144))]
+    #[schemars(length(min = 1, max = 1048576))]
     pub inline: Option<String>,
     /// A ConfigMap of the same namespace whose keys are the files.
     #[serde(default, skip_serializing_if = "Option::is_none")]

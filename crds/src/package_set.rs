@@ -4,17 +4,14 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Toleration;
 use kube::{CustomResource, KubeSchema};
-use schemars::{JsonSchema, Schema, SchemaGenerator};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Condition, Resources, conditions, strings};
+use crate::fields::{Condition, Resources, conditions, modules};
 
 /// One pinned and hashed requirement, as pip and uv read it: `name[extras]==version ; marker --hash=sha256:…`.
 /// The marker has no `-`, so that no option can hide in it.
 const REQUIREMENT: &str = r#"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z0-9._, -]+\])?==[0-9A-Za-z.!+_]+( *; *[A-Za-z0-9_.<>=!~'"(), ]+)?( +--hash=sha256:[0-9a-f]{64})+$"#;
-
-/// A module's dotted name.
-const MODULE: &str = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$";
 
 /// Python packages that are installed on every node that should serve them, imported, and kept warm.
 #[derive(Clone, CustomResource, Debug, Deserialize, KubeSchema, PartialEq, Serialize)]
@@ -84,19 +81,12 @@ fn one() -> i32 {
 }
 
 fn imports(_: &mut SchemaGenerator) -> Schema {
-    strings(
-        "Modules that the zygote imports, in this order.",
-        MODULE,
-        256,
-        256,
-    )
+    modules("Modules that the zygote imports, in this order.", 256)
 }
 
 fn accepted_threads(_: &mut SchemaGenerator) -> Schema {
-    strings(
+    modules(
         "Modules whose threads are accepted in the zygote, though a fork leaves them behind.",
-        MODULE,
-        256,
         64,
     )
 }
@@ -117,12 +107,27 @@ pub struct Requirements {
 }
 
 fn lines(_: &mut SchemaGenerator) -> Schema {
-    strings(
-        "Lines of a requirements file: `name==version --hash=sha256:…`, all dependencies included.",
-        REQUIREMENT,
-        16384,
-        1000,
-    )
+    json_schema!({
+        "type": "array",
+        "description": "Lines of a requirements file: `name==version --hash=sha256:…`, all dependencies included.",
+        "maxItems": 500,
+        "items": {
+            "type": "string",
+            "maxLength": 16384,
+            "pattern": REQUIREMENT,
+            // The pattern decides; these say in words what it asks for.
+            "x-kubernetes-validations": [
+                {
+                    "rule": "self.contains('==')",
+                    "message": "a requirement must be pinned, as NAME==VERSION: `uv pip compile --generate-hashes` writes such lines",
+                },
+                {
+                    "rule": "self.contains('--hash=sha256:')",
+                    "message": "a requirement must carry the hashes of its files, as NAME==VERSION --hash=sha256:...: `uv pip compile --generate-hashes` writes such lines",
+                },
+            ],
+        },
+    })
 }
 
 /// A key of a ConfigMap of the same namespace.
@@ -138,12 +143,27 @@ pub struct ConfigMapKeyRef {
 }
 
 /// A package index.
-#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, KubeSchema, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.url.matches('^https?://[^@ ]+$')")
+    .message(Message::Expression("'index.url: \"' + self.url + '\" must begin with http:// or https:// and hold no user or password: those go into a Secret, which index.secretRef names'".into())))]
 pub struct Index {
     /// Address of the index in the simple form (PEP 503).
-    #[schemars(length(max = 2048), regex(pattern = r"^https?://[^\s@]+$"))]
+    #[schemars(length(max = 2048))]
     pub url: String,
+    /// A Secret of the same namespace with keys `username` and `password` (`kubernetes.io/basic-auth`): the index's
+    /// credentials. Only the installer gets them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_ref: Option<SecretRef>,
+}
+
+/// A Secret of the same namespace.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretRef {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253))]
+    pub name: String,
 }
 
 /// What became of a PackageSet.

@@ -34,6 +34,15 @@ def once(host, port, path, method="GET", body=None, headers=None, timeout=30):
         connection.close()
 
 
+def raw(host, port, text, timeout=30):
+    """Sends text as it is, and reads one answer."""
+    with socket.create_connection((host, port), timeout) as connection:
+        connection.sendall(text.encode("latin-1"))
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return answer(response)
+
+
 def open_(name, host, port, timeout=30):
     connections[name] = connect(host, port, timeout)
     return True

@@ -165,6 +165,14 @@ impl Client {
         Answer::from(&self.ask("once", &arguments)?)
     }
 
+    /// Text (of Latin-1) as it is on a connection of its own, and the answer to it.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub fn raw(&mut self, host: &str, port: u16, text: &str) -> Result<Answer> {
+        Answer::from(&self.ask("raw", &json!({"host": host, "port": port, "text": text}))?)
+    }
+
     /// Opens a connection and gives it a name.
     ///
     /// # Errors

@@ -60,10 +60,14 @@ def install():
         "-r", REQUIREMENTS,
     ]  # fmt: skip
     if index:
-        command += ["--default-index", index]
+        command += ["--default-index", f"sock={index}"]
     # Settings of the image could name another index or turn off the check of hashes.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "PIP_", "VIRTUAL_ENV", "CONDA_"))}
     os.makedirs(CACHE, exist_ok=True)
+    # Credentials never stand in an argument, which messages and /proc show.
+    for name in ("USERNAME", "PASSWORD"):
+        if secret := env.pop(f"SOCK_INDEX_{name}", ""):
+            env[f"UV_INDEX_SOCK_{name}"] = secret
     env |= {"HOME": CACHE, "XDG_CACHE_HOME": CACHE, "TMPDIR": CACHE, "UV_PYTHON_DOWNLOADS": "never"}
     try:
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, errors="replace")
@@ -84,6 +88,15 @@ def reason(text, index):
         name, expected, got = mismatch.groups()
         return f"requirement {name}: hash is {got.strip()}, expected {expected.strip()}"
     source = index or "the default index"
+    if re.search(r"hint: An index.*?(401 Unauthorized|lack of valid authentication)", flat):
+        return f"{source} wants credentials (401 Unauthorized): name a Secret with username and password in spec.index.secretRef"
+    refused = re.search(r"hint: An index.*?returned an? (40[0-9] \w+)", flat)
+    if refused:
+        return f"{source} refuses access ({refused.group(1)}): check spec.index.url and the Secret of spec.index.secretRef"
+    unreachable = re.search(r"error: Request failed after .*?cause: Failed to fetch: (.*)", flat)
+    if unreachable:
+        why = unreachable.group(1).rpartition("cause: ")[2]
+        return f"{source} cannot be reached: {why}"
     missing = re.search(
         r"(?:Because|because) (\S+?) was not found in the (?:package registry|provided package locations)", flat
     )
@@ -92,7 +105,7 @@ def reason(text, index):
     version = re.search(r"(?:Because|because) there is no version of (\S+)", flat)
     if version:
         return f"requirement {version.group(1)}: no such version in {source}"
-    wheels = re.search(r"(?:Because|because) (\S+) has no (?:usable )?wheels.*?(?:platform|Python|ABI|usable)", flat)
+    wheels = re.search(r"(?:Because|because) (\S+) has no (?:usable )?wheels", flat)
     if wheels:
         name = wheels.group(1)
         return f"requirement {name}: {source} has no wheel for this Python and platform, and sources are not built"

@@ -6,13 +6,13 @@ use k8s_openapi::api::apps::v1::{
     DaemonSet, DaemonSetSpec, DaemonSetUpdateStrategy, RollingUpdateDaemonSet,
 };
 use k8s_openapi::api::core::v1::{
-    ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, PodSpec, PodTemplateSpec,
-    SecurityContext, Volume, VolumeMount,
+    ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EnvVar, EnvVarSource, PodSpec,
+    PodTemplateSpec, SecretKeySelector, SecurityContext, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
-use sock_crds::PackageSet;
+use sock_crds::{Index, PackageSet};
 
 use super::validate::Wanted;
 use crate::contract::{
@@ -100,16 +100,39 @@ fn annotations(set: &PackageSet, tenant: &str, wanted: &Wanted) -> BTreeMap<Stri
     .into()
 }
 
+/// Where packages come from, for the installer alone: the credentials are in no zygote.
+fn index(index: &Index) -> Vec<EnvVar> {
+    let mut variables = vec![EnvVar {
+        name: "SOCK_INDEX_URL".into(),
+        value: Some(index.url.clone()),
+        value_from: None,
+    }];
+    for (name, key) in [
+        ("SOCK_INDEX_USERNAME", "username"),
+        ("SOCK_INDEX_PASSWORD", "password"),
+    ] {
+        variables.extend(index.secret_ref.as_ref().map(|secret| EnvVar {
+            name: name.into(),
+            value: None,
+            value_from: Some(EnvVarSource {
+                secret_key_ref: Some(SecretKeySelector {
+                    name: secret.name.clone(),
+                    key: key.into(),
+                    optional: None,
+                }),
+                ..EnvVarSource::default()
+            }),
+        }));
+    }
+    variables
+}
+
 fn pod(set: &PackageSet, tenant: &str, requirements: &str) -> PodSpec {
     // The DaemonSet controller picks nodes by the template alone, which the RuntimeClass does not reach.
     let mut node_selector = set.spec.node_selector.clone();
     node_selector.insert(NODE_LABEL.0.to_owned(), NODE_LABEL.1.to_owned());
 
-    let index = set.spec.index.iter().map(|index| EnvVar {
-        name: "SOCK_INDEX_URL".into(),
-        value: Some(index.url.clone()),
-        value_from: None,
-    });
+    let index: Vec<EnvVar> = set.spec.index.iter().flat_map(index).collect();
     let resources = set
         .spec
         .resources
@@ -124,7 +147,7 @@ fn pod(set: &PackageSet, tenant: &str, requirements: &str) -> PodSpec {
         ..Container::default()
     };
     let install = Container {
-        env: Some(index.collect()).filter(|env: &Vec<_>| !env.is_empty()),
+        env: Some(index).filter(|env| !env.is_empty()),
         security_context: Some(SecurityContext {
             run_as_user: Some(INSTALL_USER),
             ..container_security()

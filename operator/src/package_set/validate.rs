@@ -34,37 +34,41 @@ fn requirements(set: &PackageSet, found: &Found) -> Result<String, Finding> {
     let Some(requirements) = &set.spec.requirements else {
         return Ok(String::new());
     };
-    if let Some(lines) = &requirements.lines {
-        return Ok(lines
-            .iter()
-            .flat_map(|line| [line.as_str(), "\n"])
-            .collect());
-    }
-    let Some(reference) = &requirements.config_map_key_ref else {
-        return Ok(String::new());
+    let refused = |reason, message| Err(Finding::no("RequirementsFound", reason, message));
+    let (text, place) = match (&requirements.lines, &requirements.config_map_key_ref) {
+        (Some(lines), _) => {
+            let text = lines.iter().flat_map(|line| [line.as_str(), "\n"]);
+            (text.collect::<String>(), "requirements.lines".to_owned())
+        }
+        (None, None) => return Ok(String::new()),
+        (None, Some(reference)) => {
+            let Some(config_map) = &found.config_map else {
+                return refused(
+                    "ConfigMapMissing",
+                    format!(
+                        "ConfigMap {} does not exist: create it with key {}",
+                        reference.name, reference.key
+                    ),
+                );
+            };
+            let data = config_map.data.as_ref();
+            let Some(text) = data.and_then(|data| data.get(&reference.key)) else {
+                return refused(
+                    "KeyMissing",
+                    format!(
+                        "ConfigMap {} has no key {} in its data",
+                        reference.name, reference.key
+                    ),
+                );
+            };
+            (
+                text.clone(),
+                format!("ConfigMap {}, key {}", reference.name, reference.key),
+            )
+        }
     };
-    let missing = |reason, message| Err(Finding::no("RequirementsFound", reason, message));
-    let Some(config_map) = &found.config_map else {
-        return missing(
-            "ConfigMapMissing",
-            format!(
-                "ConfigMap {} does not exist: create it with key {}",
-                reference.name, reference.key
-            ),
-        );
-    };
-    match config_map
-        .data
-        .as_ref()
-        .and_then(|data| data.get(&reference.key))
-    {
-        Some(text) => Ok(text.clone()),
-        None => missing(
-            "KeyMissing",
-            format!(
-                "ConfigMap {} has no key {} in its data",
-                reference.name, reference.key
-            ),
-        ),
+    match sock_crds::requirements(&text) {
+        Ok(_) => Ok(text),
+        Err(error) => refused("RequirementsInvalid", format!("{place}, {error}")),
     }
 }

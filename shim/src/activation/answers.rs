@@ -4,6 +4,7 @@
 use std::time::SystemTime;
 
 use super::decide::Answer;
+use super::end::End;
 
 impl Answer {
     /// HTTP status.
@@ -24,29 +25,37 @@ impl Answer {
         }
     }
 
-    /// What the client reads.
-    fn error(self) -> &'static str {
-        match self {
+    /// What the client reads. `end` is how the leaf ended that had its request.
+    pub(super) fn error(self, end: Option<End>) -> String {
+        let text = match self {
+            Answer::Crashed => {
+                return format!(
+                    "the function's process {} before it answered",
+                    end.unwrap_or(End::Unknown)
+                );
+            }
             Answer::Overloaded => "too many requests wait for an instance of this function",
-            Answer::Crashed => "the function's process ended before it answered",
             Answer::Unstartable => "the function's process could not be started",
             Answer::Stopping => "this instance of the function is stopping",
             Answer::TimedOut => "the function did not answer in time",
-        }
+        };
+        text.to_owned()
     }
 
     /// The whole response. The connection ends with it, since nobody is left to read from it.
     #[must_use]
-    pub fn render(self, request_id: &str, now: SystemTime) -> Vec<u8> {
-        let body =
-            serde_json::json!({ "error": self.error(), "requestId": request_id }).to_string();
+    pub fn render(self, error: &str, request_id: &str, now: SystemTime) -> Vec<u8> {
+        let body = serde_json::json!({
+            "error": error, "type": self.reason().replace(' ', ""), "requestId": request_id,
+        })
+        .to_string();
         let retry = if self == Answer::Overloaded {
             "Retry-After: 1\r\n"
         } else {
             ""
         };
         format!(
-            "HTTP/1.1 {} {}\r\nDate: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{retry}Connection: close\r\n\r\n{body}",
+            "HTTP/1.1 {} {}\r\nDate: {}\r\nContent-Type: application/json\r\nX-Request-Id: {request_id}\r\nContent-Length: {}\r\n{retry}Connection: close\r\n\r\n{body}",
             self.status(),
             self.reason(),
             httpdate::fmt_http_date(now),
@@ -84,7 +93,7 @@ mod tests {
             Answer::TimedOut,
             Answer::Stopping,
         ] {
-            let bytes = answer.render("abc", SystemTime::UNIX_EPOCH);
+            let bytes = answer.render(&answer.error(None), "abc", SystemTime::UNIX_EPOCH);
             let text = String::from_utf8(bytes).expect("text");
             let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
             assert!(

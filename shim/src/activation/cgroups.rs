@@ -1,6 +1,6 @@
 //! Cgroups of leaves: what makes one leaf stop, go on, and end, whatever processes it has started.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -46,6 +46,8 @@ pub trait LeafCgroup {
     /// # Errors
     /// They cannot be listed.
     fn is_empty(&self) -> Result<bool>;
+    /// Whether the kernel has killed a process of this leaf for want of memory.
+    fn out_of_memory(&self) -> bool;
     /// Removes it, or keeps it for the next leaf; `EBUSY` while a process is left.
     ///
     /// # Errors
@@ -72,6 +74,8 @@ struct Place {
     cgroup: Cgroup,
     name: String,
     entrances: Vec<OwnedFd>,
+    /// Processes killed for want of memory until the last look, leaves before this one's included.
+    killed: Cell<u64>,
 }
 
 struct Below {
@@ -100,6 +104,7 @@ impl LeafCgroups for BelowContainer {
                 Rc::new(Place {
                     entrances: cgroup.entrances()?,
                     name: name.to_owned(),
+                    killed: Cell::new(0),
                     cgroup,
                 })
             }
@@ -141,6 +146,11 @@ impl LeafCgroup for Below {
             .cgroup
             .processes()
             .map(|processes| processes.is_empty())
+    }
+
+    fn out_of_memory(&self) -> bool {
+        let killed = self.place.cgroup.oom_kills();
+        killed > self.place.killed.replace(killed)
     }
 
     fn remove(&self) -> Result<()> {

@@ -14,8 +14,10 @@ use super::answers::request_id;
 use super::cgroups::LeafCgroups;
 use super::connections::{Connections, Peeked, Watch, peek, readable};
 use super::decide::{Action, Answer, Conn, Dispatcher, Input, Leaf, Rules};
+use super::end::End;
 use super::leaf::{self, Origin, Slot, StartTimes};
 use super::listener::{Accepted, Listener};
+use super::output::Output;
 use super::zygotes::{Interpreter, Zygote, Zygotes};
 
 /// When descriptors run out, accepting goes on after this.
@@ -56,6 +58,9 @@ pub(super) struct Driver {
     pub(super) counts: RefCell<Counts>,
     first: RefCell<Option<oneshot::Sender<Result<(), String>>>>,
     pub(super) cgroups: Rc<dyn LeafCgroups>,
+    pub(super) output: Rc<Output>,
+    /// How the leaves ended that held these connections, until those are answered.
+    ends: RefCell<HashMap<Conn, End>>,
     pub(super) interpreter: Rc<dyn Interpreter>,
     pub(super) cold_setup: SealedSetup,
     zygotes: Option<Rc<dyn Zygotes>>,
@@ -67,6 +72,7 @@ impl Driver {
         zygotes: Option<Rc<dyn Zygotes>>,
         interpreter: Rc<dyn Interpreter>,
         cgroups: Rc<dyn LeafCgroups>,
+        output: Rc<Output>,
         cold_setup: SealedSetup,
     ) -> Driver {
         Driver {
@@ -84,6 +90,8 @@ impl Driver {
             counts: RefCell::default(),
             first: RefCell::new(None),
             cgroups,
+            output,
+            ends: RefCell::default(),
             interpreter,
             cold_setup,
             zygotes,
@@ -207,7 +215,8 @@ impl Driver {
 
     fn answer(&self, conn: Conn, answer: Answer) {
         let id = request_id();
-        let response = answer.render(&id, SystemTime::now());
+        let error = answer.error(self.ends.borrow_mut().remove(&conn));
+        let response = answer.render(&error, &id, SystemTime::now());
         let sent = self.connections.borrow_mut().answer(conn, &response);
         *self
             .counts
@@ -219,7 +228,15 @@ impl Driver {
         if answer == Answer::Overloaded {
             tracing::debug!(conn = conn.0, request = %id, status, "the queue is full");
         } else {
-            tracing::warn!(conn = conn.0, request = %id, status, reason = ?answer, sent, "answered in a leaf's place");
+            tracing::warn!(conn = conn.0, request = %id, status, reason = %error, sent, "answered in a leaf's place");
+            let output = Rc::clone(&self.output);
+            tokio::task::spawn_local(async move {
+                output
+                    .say(&format!(
+                        "sock: request {id}: {error}: answered with {status}"
+                    ))
+                    .await;
+            });
         }
     }
 
@@ -390,11 +407,15 @@ impl Driver {
 
     pub(super) fn ended(self: &Rc<Self>, leaf: Leaf, slot: &Slot) {
         self.leaves.borrow_mut().remove(&leaf);
-        let untouched = slot
-            .held
-            .get()
-            .is_some_and(|conn| self.connections.borrow().untouched(conn));
+        let held = slot.held.get();
+        let untouched = held.is_some_and(|conn| self.connections.borrow().untouched(conn));
+        if let Some((conn, end)) = held.zip(slot.end.get()) {
+            self.ends.borrow_mut().insert(conn, end);
+        }
         self.input(Input::Ended { leaf, untouched });
+        if let Some(conn) = held {
+            self.ends.borrow_mut().remove(&conn);
+        }
     }
 
     pub(super) fn census(&self) -> super::decide::Census {

@@ -17,6 +17,8 @@ use super::cgroups::LeafCgroup;
 use super::connections::register;
 use super::decide::{Conn, Input, Leaf};
 use super::driver::Driver;
+use super::end::End;
+use super::output::Streams;
 use super::zygotes::{ForkError, Zygote};
 
 /// A zygote forks within milliseconds. One that takes this long is stuck.
@@ -33,6 +35,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_mi
 /// Why a leaf is not, or no longer, there.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LeafError {
+    #[error("pipes for what it prints: {0}")]
+    Output(#[source] std::io::Error),
     #[error("its cgroup: {0}")]
     Cgroup(#[source] sock_sandbox::Error),
     #[error(transparent)]
@@ -53,12 +57,15 @@ pub(super) enum LeafError {
 
 impl LeafError {
     /// What the author of a Function can mend, or whoever runs the cluster must know.
-    pub(super) fn line(&self) -> String {
+    fn line(&self, end: Option<End>) -> String {
         match self {
             LeafError::Zygote(sock_zygote::Error::Wire {
                 source: protocol::Error::Closed,
                 ..
-            }) => "the function's process ended before its handler was imported".to_owned(),
+            }) => format!(
+                "the function's process {} before its handler was imported",
+                end.unwrap_or(End::Unknown)
+            ),
             other => other.to_string(),
         }
     }
@@ -106,6 +113,9 @@ pub(super) struct Slot {
     pub(super) early: Cell<Option<Conn>>,
     /// The connection it has.
     pub(super) held: Cell<Option<Conn>>,
+    /// How it ended.
+    pub(super) end: Cell<Option<End>>,
+    process: RefCell<Option<Rc<OwnedFd>>>,
     kill: Notify,
     sockets: RefCell<Option<AbortHandle>>,
 }
@@ -128,16 +138,25 @@ fn kill(cgroup: &dyn LeafCgroup) {
 
 /// Runs a leaf from its start until its cgroup is removed.
 pub(super) async fn run(driver: Rc<Driver>, leaf: Leaf, slot: Rc<Slot>) {
-    let result = match driver.cgroups.make(&format!("leaf-{}", leaf.0)) {
-        Ok(cgroup) => {
+    let mut copying = None;
+    let made = driver
+        .cgroups
+        .make(&format!("leaf-{}", leaf.0))
+        .map_err(LeafError::Cgroup);
+    let result = match made.and_then(|cgroup| {
+        let (streams, copies) = driver.output.open().map_err(LeafError::Output)?;
+        copying = Some(copies);
+        Ok((cgroup, streams))
+    }) {
+        Ok((cgroup, streams)) => {
             slot.cgroup.replace(Some(Rc::clone(&cgroup)));
             tokio::select! {
                 biased;
                 () = slot.kill.notified() => Ok(()),
-                result = live(&driver, leaf, &slot, &*cgroup) => result,
+                result = live(&driver, leaf, &slot, &*cgroup, streams) => result,
             }
         }
-        Err(error) => Err(LeafError::Cgroup(error)),
+        Err(error) => Err(error),
     };
     let started = slot.leaf.take().is_some();
     if let Some(sockets) = slot.sockets.take() {
@@ -146,10 +165,21 @@ pub(super) async fn run(driver: Rc<Driver>, leaf: Leaf, slot: Rc<Slot>) {
     let cgroup = slot.cgroup.take();
     if let Some(cgroup) = &cgroup {
         wait_until_empty(leaf, &**cgroup).await;
+        let out_of_memory = cgroup.out_of_memory();
+        let process = slot.process.take();
+        slot.end.set(Some(match process {
+            Some(process) => End::of(&*process, out_of_memory),
+            None if out_of_memory => End::OutOfMemory,
+            None => End::Unknown,
+        }));
+    }
+    // Before the answer, so that whoever looks for the reason in the log finds it.
+    if let Some(copying) = copying {
+        copying.finish().await;
     }
     match result {
         Err(error) if started => tracing::warn!(leaf = leaf.0, %error, "leaf ended"),
-        Err(error) => driver.failed(leaf, &error.line()),
+        Err(error) => driver.failed(leaf, &error.line(slot.end.get())),
         Ok(()) if !started => driver.failed(leaf, "the handler was not imported in time"),
         Ok(()) => tracing::debug!(leaf = leaf.0, "leaf ended"),
     }
@@ -165,9 +195,13 @@ async fn live(
     name: Leaf,
     slot: &Rc<Slot>,
     cgroup: &dyn LeafCgroup,
+    streams: Streams,
 ) -> Result<(), LeafError> {
     let begin = Instant::now();
-    let (entered, mut times) = enter(driver, name, slot, cgroup, begin).await?;
+    let (entered, mut times) = enter(driver, name, slot, cgroup, &streams, begin).await?;
+    // The leaf has them now: the copying ends with it.
+    drop(streams);
+    driver.output.prepare();
     let (loading, mut sent) = entered;
     if let Some(conn) = unsent(slot, &mut sent)
         && let Some(socket) = driver.socket(conn)
@@ -175,6 +209,7 @@ async fn live(
         loading.queue(conn.0, socket.as_fd())?;
     }
     let process = exit_of(&loading)?;
+    slot.process.replace(Some(Rc::clone(process.get_ref())));
     let (leaf, import) = unless_ended(&process, loading.ready())
         .await
         .unwrap_or_else(|| {
@@ -241,15 +276,16 @@ async fn enter(
     name: Leaf,
     slot: &Rc<Slot>,
     cgroup: &dyn LeafCgroup,
+    streams: &Streams,
     begin: Instant,
 ) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
     if let Some(zygote) = driver.zygote().await {
-        match fork(driver, name, slot, cgroup, &*zygote, begin).await {
+        match fork(driver, name, slot, (cgroup, streams), &*zygote, begin).await {
             Ok(entered) => return Ok(entered),
             Err(error) => {
                 tracing::warn!(
                     leaf = name.0,
-                    error = error.line(),
+                    error = error.line(None),
                     "no leaf by fork: a plain interpreter is started"
                 );
                 if matches!(error, LeafError::Late { .. }) {
@@ -259,18 +295,18 @@ async fn enter(
         }
         wait_until_empty(name, cgroup).await;
     }
-    interpreter(driver, name, slot, cgroup, begin).await
+    interpreter(driver, name, slot, (cgroup, streams), begin).await
 }
 
 async fn fork(
     driver: &Rc<Driver>,
     name: Leaf,
     slot: &Rc<Slot>,
-    cgroup: &dyn LeafCgroup,
+    (cgroup, streams): (&dyn LeafCgroup, &Streams),
     zygote: &dyn Zygote,
     begin: Instant,
 ) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
-    let forked = within("the fork", FORKED_WITHIN, zygote.fork(cgroup)).await??;
+    let forked = within("the fork", FORKED_WITHIN, zygote.fork(cgroup, streams)).await??;
     let sent = told(driver, name, slot, &forked.leaf)?;
     let told = micros(begin);
     let directory = cgroup.directory();
@@ -294,14 +330,14 @@ async fn interpreter(
     driver: &Rc<Driver>,
     name: Leaf,
     slot: &Rc<Slot>,
-    cgroup: &dyn LeafCgroup,
+    (cgroup, streams): (&dyn LeafCgroup, &Streams),
     begin: Instant,
 ) -> Result<((sock_zygote::Loading, bool), StartTimes), LeafError> {
     let (ours, theirs) = protocol::pair()?;
     set_socket_passcred(&ours, true).map_err(LeafError::Credentials)?;
     driver
         .interpreter
-        .start(theirs, cgroup)
+        .start(theirs, cgroup, streams)
         .await
         .map_err(LeafError::Interpreter)?;
     let leaf = Arrived::interpreter(ours)

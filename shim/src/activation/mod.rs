@@ -12,8 +12,10 @@ pub mod config;
 pub mod connections;
 pub mod decide;
 mod driver;
+mod end;
 mod leaf;
 pub mod listener;
+pub mod output;
 pub mod tcp;
 pub mod zygotes;
 
@@ -30,7 +32,9 @@ use tokio::time::Instant;
 
 pub use cgroups::{BelowContainer, LeafCgroup, LeafCgroups};
 pub use config::{AnnotationError, FunctionConfig, ZygoteName};
+pub use end::End;
 pub use leaf::{Origin, StartTimes};
+pub use output::{Output, Streams};
 pub use zygotes::{Forked, Interpreter, Local, Pools, Zygote, Zygotes};
 
 use driver::Driver;
@@ -52,6 +56,8 @@ pub struct Surroundings {
     pub interpreter: Rc<dyn Interpreter>,
     /// Where leaves live.
     pub cgroups: Rc<dyn LeafCgroups>,
+    /// What leaves print goes there.
+    pub output: Rc<Output>,
     /// What every leaf is told. An interpreter is told the same without confinement, since the
     /// container's own start has confined it.
     pub setup: LeafSetup,
@@ -66,12 +72,14 @@ impl Surroundings {
         zygotes: Option<Rc<dyn Zygotes>>,
         interpreter: Rc<dyn Interpreter>,
         cgroups: Rc<dyn LeafCgroups>,
+        output: Rc<Output>,
         setup: LeafSetup,
     ) -> Surroundings {
         Surroundings {
             zygotes,
             interpreter,
             cgroups,
+            output,
             setup,
             pool_within: POOL_WITHIN,
         }
@@ -165,6 +173,7 @@ impl Activation {
             zygotes,
             interpreter,
             cgroups,
+            output,
             mut setup,
             pool_within,
         } = surroundings;
@@ -182,6 +191,7 @@ impl Activation {
             zygotes,
             interpreter,
             cgroups,
+            output,
             cold_setup,
         ));
         let timer = tokio::task::spawn_local(Rc::clone(&driver).keep_time());

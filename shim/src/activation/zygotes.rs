@@ -16,6 +16,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::cgroups::LeafCgroup;
+use super::output::Streams;
 
 /// A future that stays on its thread, behind a pointer.
 pub type Local<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
@@ -40,7 +41,11 @@ pub trait Zygotes {
 /// A zygote that this pod's leaves can be forked from.
 pub trait Zygote {
     /// A new leaf that has been told of its Function and is on its way into `cgroup`.
-    fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>>;
+    fn fork<'a>(
+        &'a self,
+        cgroup: &'a dyn LeafCgroup,
+        streams: &'a Streams,
+    ) -> Local<'a, Result<Forked, ForkError>>;
     /// Makes the sockets that a leaf asks for on its seccomp listener, until the leaf is gone.
     fn serve_sockets(&self, listener: OwnedFd) -> Local<'static, ()>;
     /// It does not answer: no further leaf is asked of it for a while.
@@ -64,6 +69,7 @@ pub trait Interpreter {
         &'a self,
         control: OwnedFd,
         cgroup: &'a dyn LeafCgroup,
+        streams: &'a Streams,
     ) -> Local<'a, anyhow::Result<()>>;
 }
 
@@ -71,8 +77,6 @@ pub trait Interpreter {
 #[derive(Debug)]
 struct Pod {
     mounts: OwnedFd,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
     setup: SealedSetup,
     user: (u32, u32),
 }
@@ -106,23 +110,14 @@ struct Attached {
 }
 
 impl Pools {
-    /// Looks in `directory` for brokers. `mounts` is the mount namespace of the Function's container,
-    /// `stdout` and `stderr` become those of each leaf.
+    /// Looks in `directory` for brokers. `mounts` is the mount namespace of the Function's container.
     ///
     /// # Errors
     /// When the setup cannot be written to a memory file.
-    pub fn new(
-        directory: PathBuf,
-        mounts: OwnedFd,
-        setup: &LeafSetup,
-        stdout: OwnedFd,
-        stderr: OwnedFd,
-    ) -> Result<Pools, ForkError> {
+    pub fn new(directory: PathBuf, mounts: OwnedFd, setup: &LeafSetup) -> Result<Pools, ForkError> {
         let user = (setup.uid, setup.gid);
         let pod = Rc::new(Pod {
             mounts,
-            stdout,
-            stderr,
             setup: SealedSetup::new(setup)?,
             user,
         });
@@ -224,7 +219,11 @@ impl Drop for Attached {
 }
 
 impl Zygote for Attached {
-    fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>> {
+    fn fork<'a>(
+        &'a self,
+        cgroup: &'a dyn LeafCgroup,
+        streams: &'a Streams,
+    ) -> Local<'a, Result<Forked, ForkError>> {
         Box::pin(async move {
             // The tree is cloned while the zygote forks: the first poll of `fork` sends the request.
             let prepare = async {
@@ -242,8 +241,8 @@ impl Zygote for Attached {
                 root: Some(tree.as_fd()),
                 network: Some(self.root.network()),
                 cgroups: entrances.iter().map(AsFd::as_fd).collect(),
-                stdout: Some(self.pod.stdout.as_fd()),
-                stderr: Some(self.pod.stderr.as_fd()),
+                stdout: Some(streams.stdout.as_fd()),
+                stderr: Some(streams.stderr.as_fd()),
             };
             let leaf = arrived.setup(&self.pod.setup, &fds)?;
             // While the leaf confines itself there is time; the next one may come from a spare and wait for nothing else.

@@ -15,8 +15,8 @@ use sock_zygote::protocol::{LeafSetup, Rlimit};
 
 use super::{POOLS, SITE_PACKAGES, add_payload, packages};
 use crate::activation::{
-    Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Pools,
-    Surroundings, Zygotes,
+    Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Output, Pools,
+    Streams, Surroundings, Zygotes,
 };
 use crate::children::Claim;
 use crate::container::Container;
@@ -89,26 +89,20 @@ impl FunctionContainer {
         let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
             Some(name) => {
                 let mounts = namespace::of_process(container.init.pid(), "mnt")?;
-                let pools = Pools::new(
-                    name.pools(Path::new(POOLS)),
-                    mounts,
-                    &setup,
-                    stdout.try_clone()?,
-                    stderr.try_clone()?,
-                );
+                let pools = Pools::new(name.pools(Path::new(POOLS)), mounts, &setup);
                 Some(Rc::new(pools.map_err(Failure::unknown)?))
             }
             None => None,
         };
         let interpreter = Rc::new(ContainerCommand {
             container: Rc::downgrade(container),
-            stdout,
-            stderr,
         });
+        let output = Output::new(stdout, stderr, setup.uid)?;
         let surroundings = Surroundings::new(
             zygotes,
             interpreter,
             Rc::new(BelowContainer::new(cgroup)),
+            Rc::new(output),
             setup,
         );
         let activation = Activation::start(&self.config, surroundings)
@@ -220,8 +214,6 @@ fn threads(spec: &Spec) -> u32 {
 /// The container's own command, as a leaf without a zygote.
 struct ContainerCommand {
     container: Weak<Container>,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
 }
 
 impl Interpreter for ContainerCommand {
@@ -229,6 +221,7 @@ impl Interpreter for ContainerCommand {
         &'a self,
         control: OwnedFd,
         cgroup: &'a dyn LeafCgroup,
+        streams: &'a Streams,
     ) -> Local<'a, anyhow::Result<()>> {
         Box::pin(async move {
             let container = self
@@ -249,8 +242,8 @@ impl Interpreter for ContainerCommand {
                     .and_then(|l| l.seccomp().as_ref()),
                 stdio: Stdio {
                     stdin: None,
-                    stdout: Some(self.stdout.try_clone()?),
-                    stderr: Some(self.stderr.try_clone()?),
+                    stdout: Some(streams.stdout.try_clone()?),
+                    stderr: Some(streams.stderr.try_clone()?),
                 },
                 extra: vec![(3, control)],
                 entrances: cgroup.entrances()?,

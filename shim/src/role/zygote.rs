@@ -22,14 +22,17 @@ use sock_zygote::protocol::ZygoteSetup;
 use sock_zygote::{Broker, Zygote};
 
 use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages, warm_up};
-use crate::activation::ZygoteName;
+use crate::activation::{End, ZygoteName};
 use crate::children::Claim;
+use crate::container::Container;
 use crate::process::{Process, run_program};
 use crate::status::StatusServer;
 use crate::task::Failure;
 
 /// From the start of the interpreter to the last import. kubelet gives up after 120 s.
 const WARM_WITHIN: Duration = Duration::from_secs(90);
+/// Between the end of a process's channel and its own.
+const REAPED_WITHIN: Duration = Duration::from_secs(2);
 
 /// System calls that a zygote needs to make leaves, and that default profiles keep for those with privileges on the host.
 const FORKING: [&str; 5] = [
@@ -237,16 +240,37 @@ impl ZygoteContainer {
     ///
     /// # Errors
     /// The line that the author of the PackageSet must mend.
-    pub async fn warm_up(&self, sandbox: &str, process: &Rc<Process>) -> Result<(), Failure> {
+    pub async fn warm_up(
+        &self,
+        container: &Container,
+        process: &Rc<Process>,
+    ) -> Result<(), Failure> {
         let control = self
             .control
             .take()
             .ok_or_else(|| Failure::precondition("the zygote was started before"))?;
         let set = &self.name.package_set;
+        let ended = async {
+            let exit = process.wait().await;
+            let cgroup = container.cgroup.borrow().clone();
+            let out_of_memory = cgroup.is_some_and(|cgroup| cgroup.oom_kills() > 0);
+            let end = End::of_status(exit.status, out_of_memory);
+            format!(
+                "its interpreter {end} while it imported and warmed up: see the log of container zygote"
+            )
+        };
+        tokio::pin!(ended);
         let configured = tokio::select! {
-            configured = Zygote::configure(control, &self.setup) => configured.map_err(|e| e.to_string()),
-            exit = process.wait() => Err(format!("its interpreter ended with status {}: see the log of container zygote", exit.status)),
-            () = tokio::time::sleep(WARM_WITHIN) => Err(format!("importing {} took more than {} s", self.setup.imports.join(", "), WARM_WITHIN.as_secs())),
+            configured = Zygote::configure(control, &self.setup) => match configured {
+                // Its channel closes a moment before it can be reaped.
+                Err(e) if e.is_closed() => Err(tokio::time::timeout(REAPED_WITHIN, ended).await.unwrap_or_else(|_| e.to_string())),
+                other => other.map_err(|e| e.to_string()),
+            },
+            end = &mut ended => Err(end),
+            () = tokio::time::sleep(WARM_WITHIN) => {
+                let what: Vec<&str> = self.setup.imports.iter().map(String::as_str).chain((!self.setup.warm_up.is_empty()).then_some("warmUp")).collect();
+                Err(format!("{} took more than {} s", what.join(", "), WARM_WITHIN.as_secs()))
+            }
         };
         let (zygote, warm) =
             configured.map_err(|e| Failure::unknown(format!("PackageSet {set}: {e}")))?;
@@ -257,7 +281,7 @@ impl ZygoteContainer {
         let path: PathBuf = Path::new(POOLS)
             .join(&self.name.tenant)
             .join(&self.name.digest)
-            .join(format!("{sandbox}.sock"));
+            .join(format!("{}.sock", container.sandbox));
         let broker = Broker::listen(&path).map_err(Failure::unknown)?;
         tracing::info!(
             package_set = set,

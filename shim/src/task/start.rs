@@ -61,7 +61,7 @@ async fn first(
 async fn get_ready(container: &Rc<Container>, process: &Rc<Process>) -> Result<(), Failure> {
     let prepare = async {
         match &container.role {
-            Role::Zygote(zygote) => zygote.warm_up(&container.sandbox, process).await,
+            Role::Zygote(zygote) => zygote.warm_up(container, process).await,
             Role::Function(function) => function.activate(container).await,
             Role::Sandbox | Role::Plain | Role::Installer(_) => Ok(()),
         }

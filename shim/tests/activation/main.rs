@@ -402,7 +402,7 @@ fn a_handler_that_cannot_be_imported_fails_the_start_with_its_line() {
         assert!(
             error
                 .to_string()
-                .contains("ended before its handler was imported"),
+                .contains("before its handler was imported"),
             "{error}"
         );
         pod.nothing_is_left();

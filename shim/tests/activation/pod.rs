@@ -15,8 +15,8 @@ use rustix::process::{
 use sock_shim::activation::decide::Reuse;
 use sock_shim::activation::zygotes::ForkError;
 use sock_shim::activation::{
-    Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, StartError,
-    Surroundings, Zygote, ZygoteName, Zygotes,
+    Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, Output,
+    StartError, Streams, Surroundings, Zygote, ZygoteName, Zygotes,
 };
 use sock_zygote::protocol::{self, LeafSetup};
 use sock_zygote::{Arrived, SealedSetup, SetupFds};
@@ -114,6 +114,7 @@ impl Pod {
                 .map(|zygotes| zygotes as Rc<dyn Zygotes>),
             interpreter: Rc::new(Starter(Rc::clone(&processes))),
             cgroups: Rc::new(Cgroups(processes)),
+            output: Rc::new(output()),
             setup: self.setup.clone(),
             pool_within: self.pool_within,
         };
@@ -193,6 +194,15 @@ impl Pod {
     fn stable(&self) -> Rc<Stable> {
         self.zygotes.clone().expect("a pod with a PackageSet")
     }
+}
+
+/// What leaves print is not looked at here.
+fn output() -> Output {
+    let null = || {
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+        OwnedFd::from(null.expect("/dev/null"))
+    };
+    Output::new(null(), null(), rustix::process::getuid().as_raw()).expect("an output")
 }
 
 fn setup() -> LeafSetup {
@@ -318,6 +328,10 @@ impl LeafCgroup for Group {
         Ok(())
     }
 
+    fn out_of_memory(&self) -> bool {
+        false
+    }
+
     fn is_empty(&self) -> sock_sandbox::Result<bool> {
         let mut live = self.processes.live.borrow_mut();
         // The leader may be gone and have left children in its group.
@@ -347,6 +361,7 @@ impl Interpreter for Starter {
         &'a self,
         control: OwnedFd,
         cgroup: &'a dyn LeafCgroup,
+        _streams: &'a Streams,
     ) -> Local<'a, anyhow::Result<()>> {
         self.0.spawn(&name(cgroup), control);
         Box::pin(std::future::ready(Ok(())))
@@ -390,7 +405,11 @@ struct Stand {
 }
 
 impl Zygote for Stand {
-    fn fork<'a>(&'a self, cgroup: &'a dyn LeafCgroup) -> Local<'a, Result<Forked, ForkError>> {
+    fn fork<'a>(
+        &'a self,
+        cgroup: &'a dyn LeafCgroup,
+        _streams: &'a Streams,
+    ) -> Local<'a, Result<Forked, ForkError>> {
         Box::pin(async move {
             let (ours, theirs) = protocol::pair().expect("a pair");
             set_socket_passcred(&ours, true).expect("credentials");

@@ -29,6 +29,8 @@ SINGLE_THREADED = {
 _HERE = __file__
 _pools = None
 _warm_up = None
+# Files of the Function's author; errors are shown with their line in these, if they have one.
+_own = "<warmUp>"
 
 
 def become_zygote(path):
@@ -145,6 +147,9 @@ def flush():
 
 def enter(env, path, cwd, handler):
     """Turns the process into one of the Function: environment, directory, import path."""
+    global _own
+    if path:
+        _own = path[0].rstrip("/") + "/"
     os.environ.clear()
     os.environ.update(env)
     if "TZ" in os.environ:
@@ -253,13 +258,17 @@ def explain(error):
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}, line {error.lineno}"
     else:
-        place = None
+        place = own = None
         frame = frames
         while frame is not None:
             name = frame.tb_frame.f_code.co_filename
             if not name.startswith("<frozen"):
                 place = f"{name}, line {frame.tb_lineno}"
+                if name.startswith(_own):
+                    own = place
             frame = frame.tb_next
+        # What went wrong deep in a library is mended where that was called.
+        place = own or place
     if place is not None:
         line = f"{line} ({place})"
     return line, "".join(traceback.format_exception(type(error), error, frames))

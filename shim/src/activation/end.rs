@@ -1,0 +1,152 @@
+//! How a leaf ended, in words for its client and for the log.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd as _};
+
+/// How a leaf's process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// With an exit status.
+    Exited(i32),
+    /// By a signal.
+    Killed(i32),
+    /// By the kernel, for want of memory.
+    OutOfMemory,
+    /// The kernel does not say.
+    Unknown,
+}
+
+/// `struct pidfd_info` in its first version (include/uapi/linux/pidfd.h, Linux 6.13).
+#[repr(C)]
+#[derive(Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroupid: u64,
+    /// pid, tgid, ppid, and the credentials.
+    numbers: [u32; 11],
+    exit_code: i32,
+}
+
+/// The exit code is asked for, or given (Linux 6.15).
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+const PIDFD_GET_INFO: libc::Ioctl =
+    rustix::ioctl::opcode::read_write::<PidfdInfo>(0xff, 11) as libc::Ioctl;
+
+impl End {
+    /// Of the process behind a pidfd, which its parent may have reaped: a leaf's parent is the zygote, not the shim.
+    /// `out_of_memory`: the kernel has killed in its cgroup for want of memory.
+    pub fn of(pidfd: impl AsFd, out_of_memory: bool) -> End {
+        let mut info = PidfdInfo {
+            mask: PIDFD_INFO_EXIT,
+            ..PidfdInfo::default()
+        };
+        // SAFETY: the kernel writes at most the size that is part of the command, which is that of the structure.
+        let asked =
+            unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
+        let code = (asked == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code);
+        Self::from_code(code, out_of_memory)
+    }
+
+    /// Of a process whose status is known in a shell's form, 128 and more for signals.
+    #[must_use]
+    pub fn of_status(status: u32, out_of_memory: bool) -> End {
+        let status = i32::try_from(status).unwrap_or(i32::MAX);
+        // No signal has a number above 64.
+        let code = match status {
+            129..=192 => status - 128,
+            _ => status << 8,
+        };
+        Self::from_code(Some(code), out_of_memory)
+    }
+
+    /// `code` is in the form of wait(2).
+    fn from_code(code: Option<i32>, out_of_memory: bool) -> End {
+        match code {
+            Some(code) if libc::WIFSIGNALED(code) => match libc::WTERMSIG(code) {
+                libc::SIGKILL if out_of_memory => End::OutOfMemory,
+                signal => End::Killed(signal),
+            },
+            Some(code) => End::Exited(libc::WEXITSTATUS(code)),
+            None if out_of_memory => End::OutOfMemory,
+            None => End::Unknown,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Exited(status) => write!(f, "exited with status {status}"),
+            End::Killed(signal) => write!(f, "was killed by signal {signal}{}", name(*signal)),
+            End::OutOfMemory => f.write_str(
+                "was killed because its pod reached the memory limit (resources.limits.memory)",
+            ),
+            End::Unknown => f.write_str("ended"),
+        }
+    }
+}
+
+fn name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGABRT => " (SIGABRT)",
+        libc::SIGBUS => " (SIGBUS)",
+        libc::SIGFPE => " (SIGFPE)",
+        libc::SIGILL => " (SIGILL)",
+        libc::SIGKILL => " (SIGKILL)",
+        libc::SIGSEGV => " (SIGSEGV)",
+        libc::SIGSYS => " (SIGSYS)",
+        libc::SIGTERM => " (SIGTERM)",
+        libc::SIGXCPU => " (SIGXCPU)",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::OwnedFd;
+    use std::process::Command;
+
+    /// Runs a shell script and asks after it was reaped.
+    fn end_of(script: &str) -> End {
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .spawn()
+            .expect("a shell");
+        let pid = rustix::process::Pid::from_child(&child);
+        let pidfd: OwnedFd =
+            rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).expect("pidfd");
+        child.wait().expect("its end");
+        End::of(pidfd, false)
+    }
+
+    #[test]
+    fn the_kernel_tells_how_a_process_ended_that_somebody_else_reaped() {
+        let (exited, killed) = (end_of("exit 3"), end_of("kill -SEGV $$"));
+        // Older kernels do not say, and then nothing is made up.
+        if exited == End::Unknown {
+            assert_eq!(killed, End::Unknown);
+            return;
+        }
+        assert_eq!(
+            (exited, killed),
+            (End::Exited(3), End::Killed(libc::SIGSEGV))
+        );
+    }
+
+    #[test]
+    fn want_of_memory_is_told_from_other_kills() {
+        assert_eq!(End::from_code(Some(libc::SIGKILL), true), End::OutOfMemory);
+        assert_eq!(End::from_code(None, true), End::OutOfMemory);
+        assert_eq!(End::from_code(Some(libc::SIGKILL), false), End::Killed(9));
+        assert_eq!(End::from_code(Some(libc::SIGSEGV), true), End::Killed(11));
+        assert_eq!(End::from_code(Some(1 << 8), true), End::Exited(1));
+        assert_eq!(End::of_status(134, false), End::Killed(libc::SIGABRT));
+        assert_eq!(End::of_status(137, true), End::OutOfMemory);
+        assert_eq!(End::of_status(255, false), End::Exited(255));
+        assert_eq!(
+            End::Killed(libc::SIGSEGV).to_string(),
+            "was killed by signal 11 (SIGSEGV)"
+        );
+    }
+}
