@@ -128,7 +128,7 @@ def stop(name):
     return dict(counts)
 
 
-known = (once, open_, request, send, receive, silence, speak, burst, load, count, stop)
+known = (once, raw, open_, request, send, receive, silence, speak, burst, load, count, stop)
 commands = {function.__name__.rstrip("_"): function for function in known}
 for line in sys.stdin:
     command, arguments = json.loads(line)

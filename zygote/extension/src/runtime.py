@@ -133,7 +133,7 @@ def threads_of_python():
         if thread is not threading.main_thread():
             target = getattr(thread, "_target", None) or type(thread)
             found.append(f"{thread.name} ({getattr(target, '__module__', '?')})")
-    return ", ".join(found)
+    return ", ".join(dict.fromkeys(found))
 
 
 def flush():
