@@ -437,6 +437,14 @@ impl Shop {
     ) -> Result<Response<Full<Bytes>>, hyper::Error> {
         let (head, body) = request.into_parts();
         let id = request_id(&head.headers);
+        // hyper's own limit counts only while the head is not whole, and one read may bring more.
+        if size(&head) > MOST_HEAD {
+            return Ok(refuse(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                &format!("the head of the request is larger than {MOST_HEAD} bytes"),
+                &id,
+            ));
+        }
         let limit = self.server.setup.max_body;
         let too_large = || {
             refuse(
@@ -516,6 +524,13 @@ impl Shop {
         let context = self.runtime.context(py, id, about, setup.timeout_seconds)?;
         self.runtime.call(py, &self.server.handler, event, context)
     }
+}
+
+/// Bytes of a request's head, as they came but for the spaces.
+fn size(head: &hyper::http::request::Parts) -> usize {
+    let target = head.uri.path_and_query().map_or(1, |it| it.as_str().len());
+    let headers = head.headers.iter();
+    target + headers.map(|(name, value)| name.as_str().len() + value.len() + 4).sum::<usize>()
 }
 
 /// All values of a header. HTTP's bytes are taken as Latin-1, as WSGI does: nothing is lost.
