@@ -55,6 +55,10 @@ const RET: u16 = 0x06;
 const NR: u32 = 0;
 const ARCH: u32 = 4;
 const ARGS: u32 = 16;
+/// Of a system call.
+const ARGUMENTS: usize = 6;
+/// In one rule: six instructions each, which a jump of 8 bits spans.
+const MOST_COMPARISONS: usize = 42;
 #[cfg(target_arch = "x86_64")]
 const AUDIT_ARCH: u32 = 0xC000_003E;
 #[cfg(target_arch = "aarch64")]
@@ -92,6 +96,35 @@ struct Rule {
     action: u32,
 }
 
+impl Rule {
+    fn new(conditions: Vec<LinuxSeccompArg>, action: u32) -> Result<Self> {
+        if let Some(bad) = conditions.iter().find(|c| c.index() >= ARGUMENTS) {
+            return Err(Error::spec(
+                "linux.seccomp",
+                format!(
+                    "a rule compares argument {}: a system call has 0 to 5",
+                    bad.index()
+                ),
+            ));
+        }
+        let mut tests = Vec::new();
+        for condition in &conditions {
+            compare(condition, &mut tests);
+        }
+        // The first test that fails jumps over all the others.
+        if tests.iter().map(Test::len).sum::<usize>() > usize::from(u8::MAX) {
+            return Err(Error::spec(
+                "linux.seccomp",
+                format!(
+                    "a rule has {} comparisons: give at most {MOST_COMPARISONS}",
+                    conditions.len()
+                ),
+            ));
+        }
+        Ok(Self { conditions, action })
+    }
+}
+
 /// What happens to one system call: conditional rules in order, then the last word.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Verdict {
@@ -108,7 +141,7 @@ impl Program {
     /// names those of several.
     ///
     /// # Errors
-    /// An action or a comparison that is not supported.
+    /// An action or a comparison that is not supported, or a rule of too many.
     pub fn compile(profile: &LinuxSeccomp) -> Result<Self> {
         let default = value(profile.default_action(), profile.default_errno_ret())?;
         let mut verdicts: BTreeMap<u32, Verdict> = BTreeMap::new();
@@ -127,10 +160,7 @@ impl Program {
                 if conditions.is_empty() {
                     verdict.otherwise = action;
                 } else {
-                    verdict.rules.push(Rule {
-                        conditions: conditions.clone(),
-                        action,
-                    });
+                    verdict.rules.push(Rule::new(conditions.clone(), action)?);
                 }
             }
         }
@@ -503,7 +533,77 @@ mod tests {
         assert_eq!(run(&program, 0x4000_0003, 1, [0; 6]), DENY);
     }
 
+    fn one_rule(conditions: Vec<LinuxSeccompArg>) -> LinuxSeccomp {
+        let call = LinuxSyscallBuilder::default()
+            .names(vec!["clone".to_string()])
+            .args(conditions)
+            .action(Action::ScmpActAllow)
+            .build()
+            .unwrap();
+        LinuxSeccompBuilder::default()
+            .default_action(Action::ScmpActErrno)
+            .syscalls(vec![call])
+            .build()
+            .unwrap()
+    }
+
+    fn equal(index: usize, value: u64) -> LinuxSeccompArg {
+        LinuxSeccompArgBuilder::default()
+            .index(index)
+            .value(value)
+            .op(Op::ScmpCmpEq)
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn a_seventh_argument_is_refused() {
+        for index in [6, usize::MAX, 1 << 29] {
+            let error = Program::compile(&one_rule(vec![equal(index, 0)])).unwrap_err();
+            assert!(error.to_string().contains("argument"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_rule_too_long_for_its_jumps_lets_nothing_through() {
+        let mut conditions = vec![equal(0, 1)];
+        conditions.extend(std::iter::repeat_n(equal(1, 0), 99));
+        match Program::compile(&one_rule(conditions)) {
+            Err(error) => assert!(error.to_string().contains("comparisons"), "{error}"),
+            Ok(program) => {
+                let answer = run(&program, AUDIT_ARCH, Sysno::clone as u32, [0; 6]);
+                assert_eq!(answer, 0x0005_0001, "its first condition does not hold");
+            }
+        }
+    }
+
     proptest! {
+        #[test]
+        fn every_profile_is_refused_or_ends_in_an_answer(
+            conditions in prop::collection::vec((condition(), prop_oneof![9 => 0usize..6, 1 => any::<usize>()]), 0..60),
+            args in prop::array::uniform6(prop_oneof![0u64..5, any::<u64>()]),
+        ) {
+            let conditions: Vec<_> = conditions.into_iter()
+                .map(|(c, index)| LinuxSeccompArgBuilder::default().index(index).value(c.value()).value_two(c.value_two().unwrap_or_default()).op(c.op()).build().unwrap())
+                .collect();
+            if let Ok(program) = Program::compile(&one_rule(conditions.clone())) {
+                let allowed = conditions.iter().all(|c| holds(c, args));
+                let answer = run(&program, AUDIT_ARCH, Sysno::clone as u32, args);
+                prop_assert_eq!(answer, if allowed { 0x7fff_0000 } else { 0x0005_0001 });
+                // The kernel takes no jump beyond the end, and no end but an answer (bpf_check_classic, net/core/filter.c).
+                let code = program.instructions();
+                for (at, i) in code.iter().enumerate() {
+                    let furthest = match i.code {
+                        JMP_JA => i.k as usize,
+                        JMP_JEQ | JMP_JGT | JMP_JGE => usize::from(i.jt.max(i.jf)),
+                        RET => continue,
+                        _ => 0,
+                    };
+                    prop_assert!(at + 1 + furthest < code.len());
+                }
+            }
+        }
+
         #[test]
         fn a_program_answers_as_its_profile_says(
             conditional in prop::collection::vec((prop::collection::vec(condition(), 1..4), any::<bool>()), 0..5),
