@@ -107,6 +107,12 @@ fn version_1(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
         )?;
     }
     for page in resources.hugepage_limits().iter().flatten() {
+        if page.page_size().contains('/') {
+            return Err(crate::Error::spec(
+                "linux.resources.hugepageLimits",
+                format!("{:?} is not the size of a page", page.page_size()),
+            ));
+        }
         if let Some(directory) = cgroup.controller("hugetlb") {
             let file = format!("hugetlb.{}.limit_in_bytes", page.page_size());
             if directory.join(&file).exists() {

@@ -18,6 +18,9 @@ use oci_spec::runtime::LinuxResources;
 use crate::error::Step;
 use crate::{Error, Result};
 
+/// Of a directory, in bytes (`NAME_MAX`).
+const LONGEST_NAME: usize = 255;
+
 /// Where the specification wants the cgroup (`linux.cgroupsPath`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
@@ -36,7 +39,7 @@ impl Location {
     /// Parses `linux.cgroupsPath`.
     ///
     /// # Errors
-    /// A path with `..`, or a name of systemd's form with an empty or foreign part.
+    /// A path with `..`, or a name of systemd's form with an empty, foreign or overlong part.
     pub fn parse(text: &str) -> Result<Self> {
         let bad = |why: &str| Error::spec("linux.cgroupsPath", format!("{text:?} {why}"));
         let parts: Vec<&str> = text.split(':').collect();
@@ -53,9 +56,13 @@ impl Location {
             if !slice.ends_with(".slice") {
                 return Err(bad("names a slice that does not end in .slice"));
             }
+            let unit = format!("{prefix}-{name}.scope");
+            if slice.len() > LONGEST_NAME || unit.len() > LONGEST_NAME {
+                return Err(bad("has a longer name than a directory can have"));
+            }
             return Ok(Self::Scope {
                 slice: slice.into(),
-                unit: format!("{prefix}-{name}.scope"),
+                unit,
             });
         }
         let path = Path::new(text.trim_start_matches('/'));
@@ -103,10 +110,14 @@ impl Hierarchies {
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
         let init = fs::read_to_string("/proc/1/cgroup").at("read", "/proc/1/cgroup")?;
-        Self::from_text(&mounts, &init)
+        Self::parse(&mounts, &init)
     }
 
-    fn from_text(mounts: &str, init: &str) -> Result<Self> {
+    /// Finds them in a process's `mountinfo`, and the part of each that is PID 1's in its `cgroup` file.
+    ///
+    /// # Errors
+    /// No cgroup file system is mounted.
+    pub fn parse(mounts: &str, init: &str) -> Result<Self> {
         let (mut first, mut second) = (Vec::<Hierarchy>::new(), None);
         for line in mounts.lines() {
             let Some((left, right)) = line.split_once(" - ") else {
@@ -206,12 +217,8 @@ fn init_path<'a>(init: &'a str, controllers: &[String]) -> Option<&'a str> {
 
 /// Where PID 1's `path` is found under a mount of `mount_root` at `point`.
 fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
-    let path = path.unwrap_or("/");
-    // A mount of a part of the hierarchy shows paths below that part only.
-    let path = Path::new(path)
-        .strip_prefix(mount_root)
-        .unwrap_or(Path::new(path));
-    let path = path.strip_prefix("/").unwrap_or(path);
+    let path = Path::new(path.unwrap_or("/"));
+    let path = inside(mount_root, path).unwrap_or(Path::new(""));
     // systemd itself lives in init.scope of the root it manages.
     let path = match path.parent() {
         Some(parent) if path.ends_with("init.scope") => parent,
@@ -220,8 +227,19 @@ fn below(point: &str, mount_root: &str, path: Option<&str>) -> PathBuf {
     Path::new(point).join(path)
 }
 
-/// Where a hierarchy's `path` is found, the path taken as it is.
-fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> PathBuf {
+/// A hierarchy's path as a mount of `mount_root` shows it. `None` if it leads out: a cgroup namespace shows what is not below
+/// its own root by `..` (cgroup_namespaces(7)).
+fn inside<'a>(mount_root: &str, path: &'a Path) -> Option<&'a Path> {
+    // A mount of a part of the hierarchy shows paths below that part only.
+    let path = path.strip_prefix(mount_root).unwrap_or(path);
+    let path = path.strip_prefix("/").unwrap_or(path);
+    path.components()
+        .all(|c| matches!(c, std::path::Component::Normal(_)))
+        .then_some(path)
+}
+
+/// Where a hierarchy's `path` is found, the path taken as it is. `None` if it is not seen here.
+fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> Option<PathBuf> {
     for line in mounts.lines() {
         let Some((left, right)) = line.split_once(" - ") else {
             continue;
@@ -241,13 +259,10 @@ fn below_exactly(mounts: &str, controllers: &[String], path: &str) -> PathBuf {
                     .is_some_and(|o| controllers.iter().all(|c| o.split(',').any(|x| x == c)))
         };
         if ours {
-            let path = Path::new(path)
-                .strip_prefix(mount_root)
-                .unwrap_or(Path::new(path));
-            return Path::new(point).join(path.strip_prefix("/").unwrap_or(path));
+            return Some(Path::new(point).join(inside(mount_root, Path::new(path))?));
         }
     }
-    PathBuf::new()
+    None
 }
 
 /// The child that holds a container's own processes once its leaves have cgroups beside it (version 2).
@@ -284,22 +299,25 @@ impl Cgroup {
     /// The cgroup a process is in now.
     ///
     /// # Errors
-    /// The process is gone.
+    /// The process is gone, or is in a cgroup that is not seen from here.
     pub fn of_process(hierarchies: &Hierarchies, pid: i32) -> Result<Self> {
         let path = format!("/proc/{pid}/cgroup");
         let text = fs::read_to_string(&path).at("read", &path)?;
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").at("read", "/proc/self/mountinfo")?;
-        let directories = hierarchies
-            .list
-            .iter()
-            .filter_map(|h| {
-                Some((
-                    h.controllers.clone(),
-                    below_exactly(&mounts, &h.controllers, init_path(&text, &h.controllers)?),
-                ))
-            })
-            .collect();
+        let mut directories = Vec::new();
+        for h in &hierarchies.list {
+            let Some(own) = init_path(&text, &h.controllers) else {
+                continue;
+            };
+            let directory = below_exactly(&mounts, &h.controllers, own).ok_or_else(|| {
+                Error::spec(
+                    "linux.cgroupsPath",
+                    format!("{own:?} of {path} is outside of the cgroups that are mounted here"),
+                )
+            })?;
+            directories.push((h.controllers.clone(), directory));
+        }
         Ok(Self {
             unified: hierarchies.unified,
             directories,
@@ -761,7 +779,7 @@ mod tests {
                       52 49 0:32 /docker/x /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         let init =
             "3:memory:/docker/x\n2:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x/init.scope\n";
-        let h = Hierarchies::from_text(mounts, init).unwrap();
+        let h = Hierarchies::parse(mounts, init).unwrap();
         assert!(!h.unified());
         let c = Cgroup::at(&h, &Location::parse("/kubepods/a").unwrap());
         assert_eq!(
@@ -777,7 +795,7 @@ mod tests {
     #[test]
     fn a_production_machine_has_one_hierarchy() {
         let mounts = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n";
-        let h = Hierarchies::from_text(mounts, "0::/init.scope\n").unwrap();
+        let h = Hierarchies::parse(mounts, "0::/init.scope\n").unwrap();
         assert!(h.unified());
         let c = Cgroup::at(&h, &Location::parse("system.slice:cri:1").unwrap());
         assert_eq!(
@@ -786,11 +804,61 @@ mod tests {
         );
     }
 
+    /// Whether a path goes down only.
+    fn descends(path: &Path) -> bool {
+        path.components()
+            .all(|c| matches!(c, std::path::Component::Normal(_)))
+    }
+
+    #[test]
+    fn a_name_that_no_directory_can_have_is_refused_before_it_is_spelt_out() {
+        // Each of its prefixes would be a slice: half a gigabyte of names.
+        let slice = format!("{}.slice:cri:1", "-".repeat(32 * 1024));
+        assert!(Location::parse(&slice).is_err());
+        assert!(Location::parse(&format!("a.slice:cri:{}", "1".repeat(256))).is_err());
+    }
+
+    #[test]
+    fn a_process_outside_of_what_is_seen_here_is_in_no_cgroup_of_ours() {
+        // How a cgroup namespace shows what is not below its root (cgroup_namespaces(7)).
+        let mounts = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(below_exactly(mounts, &[], "/../../system.slice"), None);
+        assert_eq!(
+            Hierarchies::parse(mounts, "0::/../..\n").unwrap().list[0].root,
+            Path::new("/sys/fs/cgroup")
+        );
+    }
+
     proptest! {
         #[test]
-        fn no_path_leaves_the_hierarchy(text in "[a-z./:-]{0,30}") {
+        fn no_path_leaves_the_hierarchy(text in "[a-z./:-]{0,30}|\\PC{0,30}") {
             if let Ok(l) = Location::parse(&text) {
-                prop_assert!(l.directory().components().all(|c| matches!(c, std::path::Component::Normal(_))));
+                let directory = l.directory();
+                prop_assert!(descends(&directory));
+                prop_assert!(directory.as_os_str().len() <= (text.len() + 16).pow(2));
+            }
+        }
+
+        #[test]
+        fn no_text_of_the_kernels_leads_out_of_its_mounts(
+            mounts in prop::collection::vec(("[/a-z.]{0,12}", "/[a-z/]{1,8}", "cgroup2?|tmpfs", "(rw,)?(memory|cpu,cpuacct|name=systemd|pids)?"), 0..6),
+            own in prop::collection::vec(("memory|cpu,cpuacct|name=systemd||[a-z=,]{0,8}", "[/a-z.]{0,20}|\\PC{0,20}"), 0..6),
+            noise in prop::collection::vec("\\PC{0,40}", 0..3),
+        ) {
+            let mut text: Vec<String> = mounts.iter().map(|(root, point, kind, options)| format!("1 2 0:3 {root} {point} rw - {kind} x {options}")).collect();
+            text.extend(noise.iter().cloned());
+            let text = text.join("\n");
+            let init: String = own.iter().map(|(names, path)| format!("1:{names}:{path}\n")).collect();
+            if let Ok(h) = Hierarchies::parse(&text, &init) {
+                for hierarchy in &h.list {
+                    prop_assert!(mounts.iter().any(|(_, point, ..)| hierarchy.root.strip_prefix(point).is_ok_and(descends)), "{:?}", hierarchy);
+                    prop_assert!(h.unified() || !hierarchy.controllers.is_empty());
+                    for (_, path) in &own {
+                        if let Some(found) = below_exactly(&text, &hierarchy.controllers, path) {
+                            prop_assert!(mounts.iter().any(|(_, point, ..)| found.strip_prefix(point).is_ok_and(descends)), "{:?}", found);
+                        }
+                    }
+                }
             }
         }
     }
