@@ -262,9 +262,10 @@ impl Builder {
         }
         let mut so_far = PathBuf::from("/");
         let mut parent = self.open(&so_far, OFlags::PATH).at("open", "/")?;
+        // What `..` leads to depends on the links before it, which the kernel follows at each step.
         let parts: Vec<Component<'_>> = path
             .components()
-            .filter(|c| matches!(c, Component::Normal(_)))
+            .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir))
             .collect();
         for (i, part) in parts.iter().enumerate() {
             let name = part.as_os_str();
@@ -830,6 +831,7 @@ pub fn exists(path: &Path) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -860,11 +862,101 @@ mod tests {
         );
     }
 
+    /// An image in a directory, and beside it what it must not reach.
+    struct Image(tempfile::TempDir);
+
+    impl Image {
+        fn of(entries: &[(String, Option<String>)]) -> Image {
+            let image = Image(tempfile::tempdir().unwrap());
+            let (root, beside) = (image.root(), image.0.path().join("beside"));
+            fs::create_dir_all(&root).unwrap();
+            fs::create_dir(beside).unwrap();
+            let directories = entries.iter().filter(|(_, link)| link.is_none());
+            for (path, _) in directories {
+                fs::create_dir_all(root.join(path)).unwrap();
+            }
+            for (path, link) in entries {
+                let path = root.join(path);
+                let parent = path.parent().unwrap().canonicalize();
+                if let Some(target) = link
+                    && parent.is_ok_and(|p| p.starts_with(&root))
+                {
+                    // Fails where there is something already.
+                    let _ = std::os::unix::fs::symlink(target, &path);
+                }
+            }
+            image
+        }
+
+        fn root(&self) -> PathBuf {
+            self.0.path().join("root")
+        }
+
+        fn builder(&self) -> Builder {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            Builder {
+                root: rustix::fs::open(self.root(), flags, Mode::empty()).unwrap(),
+            }
+        }
+
+        fn is_contained(&self) -> bool {
+            let names = |path: PathBuf| {
+                let mut names: Vec<_> = fs::read_dir(path)
+                    .unwrap()
+                    .map(|e| e.unwrap().file_name())
+                    .collect();
+                names.sort();
+                names
+            };
+            names(self.0.path().into()) == ["beside", "root"]
+                && names(self.0.path().join("beside")).is_empty()
+        }
+    }
+
+    fn inode(fd: &OwnedFd) -> (u64, u64) {
+        let stat = rustix::fs::fstat(fd).unwrap();
+        (stat.st_dev, stat.st_ino)
+    }
+
+    #[test]
+    fn a_mount_on_a_dangling_link_is_where_the_link_leads() {
+        // As images of virtual machines have it for systemd-resolved.
+        let image = Image::of(&[
+            ("etc".into(), None),
+            ("etc/resolv.conf".into(), Some("../run/stub.conf".into())),
+        ]);
+        let builder = image.builder();
+        let path = Path::new("/etc/resolv.conf");
+        let made = builder.destination(path, false).unwrap();
+        let seen = builder.open(path, OFlags::PATH).unwrap();
+        assert_eq!(inode(&made), inode(&seen));
+        assert!(image.root().join("run/stub.conf").is_file());
+    }
+
     proptest! {
         #[test]
-        fn any_options_can_be_sorted(list in prop::collection::vec("[a-z=0-9]{0,12}", 0..8)) {
+        fn any_options_can_be_sorted(list in prop::collection::vec("[a-z=0-9]{0,12}|r?(ro|rw|nosuid|suid|dev|exec|noatime|bind|private|shared)|\\PC{0,8}", 0..8)) {
             let o = options(&list);
             prop_assert_eq!(o.attr.set & o.attr.clear & !MOUNT_ATTR_ATIME, 0);
+            prop_assert!(o.data.iter().all(|d| list.contains(d)));
+            prop_assert!(o.recursive_attr.clear == 0 && (o.bind || !o.recursive_bind));
+        }
+
+        #[test]
+        fn no_image_leads_a_mount_astray(
+            entries in prop::collection::vec(
+                ("[abc](/[abc]){0,2}", prop::option::of("(/|(\\.\\./){1,3})?([abc.]|\\.\\.)(/([abc]|\\.\\.)){0,3}")), 0..10),
+            destination in "/([abc.]|\\.\\.)(/([abc]|\\.\\.)){0,3}",
+            directory in any::<bool>(),
+        ) {
+            let image = Image::of(&entries);
+            let builder = image.builder();
+            let path = Path::new(&destination);
+            if let Ok(made) = builder.destination(path, directory) {
+                let seen = builder.open(path, OFlags::PATH).map_err(|e| TestCaseError::fail(e.to_string()))?;
+                prop_assert_eq!(inode(&made), inode(&seen));
+            }
+            prop_assert!(image.is_contained());
         }
     }
 }
