@@ -3,8 +3,9 @@
 //! containerd then runs the `delete` command for the sandbox alone, with nothing but the sandbox's bundle. So every container
 //! leaves a line there before anything of it exists.
 
-use std::fs::{OpenOptions, read_to_string};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 /// In the sandbox's bundle, which is the working directory of the shim's server.
@@ -21,44 +22,98 @@ pub struct Trace {
     pub bundle: PathBuf,
 }
 
-/// Adds a container. The three parts come from containerd and hold no line break.
+/// Adds a container. The line is written at once: a shim that is killed meanwhile leaves none, or all of it.
 ///
 /// # Errors
-/// The file cannot be written.
+/// The file cannot be written, or a part would end the line or the part before it.
 pub fn record(sandbox: &Path, trace: &Trace) -> io::Result<()> {
+    let bundle = trace.bundle.as_os_str().as_bytes();
+    if trace.id.contains(['\n', '\t'])
+        || trace.cgroup.contains(['\n', '\t'])
+        || bundle.contains(&b'\n')
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{trace:?} has a line break or a tab"),
+        ));
+    }
+    let parts = [trace.id.as_bytes(), trace.cgroup.as_bytes(), bundle];
+    let mut line = parts.join(&b'\t');
+    line.push(b'\n');
     let mut file = OpenOptions::new()
         .create(true)
         .append(true)
         .open(sandbox.join(FILE))?;
-    writeln!(
-        file,
-        "{}\t{}\t{}",
-        trace.id,
-        trace.cgroup,
-        trace.bundle.display()
-    )
+    file.write_all(&line)
 }
 
 /// All containers of a pod.
 #[must_use]
 pub fn traces(sandbox: &Path) -> Vec<Trace> {
-    let text = read_to_string(sandbox.join(FILE)).unwrap_or_default();
-    text.lines().filter_map(parse).collect()
+    parse(&fs::read(sandbox.join(FILE)).unwrap_or_default())
 }
 
-fn parse(line: &str) -> Option<Trace> {
-    let mut parts = line.splitn(3, '\t');
-    Some(Trace {
-        id: parts.next()?.into(),
-        cgroup: parts.next()?.into(),
-        bundle: parts.next()?.into(),
-    })
+/// The containers that a file names. A line without an end was not written whole, so nothing of its container exists.
+#[must_use]
+pub fn parse(text: &[u8]) -> Vec<Trace> {
+    let trace = |line: &[u8]| {
+        let mut parts = line.strip_suffix(b"\n")?.splitn(3, |b| *b == b'\t');
+        let mut text = || Some(String::from_utf8_lossy(parts.next()?).into_owned());
+        Some(Trace {
+            id: text()?,
+            cgroup: text()?,
+            bundle: std::ffi::OsString::from_vec(parts.next()?.to_vec()).into(),
+        })
+    };
+    text.split_inclusive(|b| *b == b'\n')
+        .filter_map(trace)
+        .collect()
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    #[test]
+    fn what_is_not_text_hides_no_other_line() {
+        let found = parse(b"\xff\xfe\t\na\tb.slice:cri:a\t/run/\xff\n\0\0\0");
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].id, "a");
+        assert_eq!(found[0].bundle.as_os_str().as_bytes(), b"/run/\xff");
+    }
+
+    #[test]
+    fn a_bundle_cut_short_is_not_taken_for_another() {
+        assert_eq!(parse(b"a\tb.slice:cri:a\t/run/containerd/io.cont"), []);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_recorded_is_found_as_it_was_or_refused(
+            list in prop::collection::vec(("\\PC{0,12}|[a-z\n\t]{0,4}", "\\PC{0,12}|[a-z\n\t]{0,4}", prop::collection::vec(1u8.., 0..12)), 0..6),
+            torn in prop::collection::vec(any::<u8>().prop_filter("no line", |b| *b != b'\n'), 0..20),
+        ) {
+            let bundle = tempfile::tempdir().unwrap();
+            let mut kept = Vec::new();
+            for (id, cgroup, path) in list {
+                let trace = Trace { id, cgroup, bundle: std::ffi::OsString::from_vec(path).into() };
+                if record(bundle.path(), &trace).is_ok() {
+                    kept.push(trace);
+                }
+            }
+            let mut file = OpenOptions::new().create(true).append(true).open(bundle.path().join(FILE)).unwrap();
+            file.write_all(&torn).unwrap();
+            prop_assert_eq!(traces(bundle.path()), kept);
+        }
+
+        #[test]
+        fn no_bytes_make_more_containers_than_lines(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(parse(&bytes).len() <= bytes.iter().filter(|b| **b == b'\n').count());
+        }
+    }
 
     #[test]
     fn what_is_recorded_is_found_and_a_torn_line_is_not() {
