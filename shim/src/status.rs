@@ -112,49 +112,15 @@ async fn serve(listener: Listener, document: Rc<dyn Fn() -> Value>) {
 async fn answer(socket: OwnedFd, document: &dyn Fn() -> Value) -> io::Result<()> {
     let mut stream = TcpStream::from_std(socket.into())?;
     let mut head = Vec::with_capacity(512);
-    let (status, body, is_head) = loop {
+    let response = loop {
         if stream.read_buf(&mut head).await? == 0 {
             return Ok(());
         }
-        let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
-        let mut request = httparse::Request::new(&mut headers);
-        match request.parse(&head) {
-            Ok(httparse::Status::Complete(_)) => {
-                let (status, body) = decide(request.method, request.path, document);
-                break (status, body, request.method == Some("HEAD"));
-            }
-            Ok(httparse::Status::Partial) if head.len() < MOST_BYTES => {}
-            Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
-                break (
-                    "431 Request Header Fields Too Large",
-                    json!({ "error": "the request's head is too large" }),
-                    false,
-                );
-            }
-            Err(_) => {
-                break (
-                    "400 Bad Request",
-                    json!({ "error": "this is not HTTP/1" }),
-                    false,
-                );
-            }
+        if let Some(response) = respond(&head, document, SystemTime::now()) {
+            break response;
         }
     };
-    let body = body.to_string();
-    let allow = if status.starts_with("405") {
-        "Allow: GET, HEAD\r\n"
-    } else {
-        ""
-    };
-    let mut response = format!(
-        "HTTP/1.1 {status}\r\nDate: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
-        httpdate::fmt_http_date(SystemTime::now()),
-        body.len(),
-    );
-    if !is_head {
-        response.push_str(&body);
-    }
-    stream.write_all(response.as_bytes()).await?;
+    stream.write_all(&response).await?;
     stream.shutdown().await?;
     // What is unread when the socket closes would turn the answer into a reset.
     let mut left = MOST_BYTES;
@@ -166,6 +132,38 @@ async fn answer(socket: OwnedFd, document: &dyn Fn() -> Value) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+/// The whole response to a request whose head has come as far as `head`. `None` while more of it must come. However the bytes
+/// come in pieces, the response is the same.
+pub fn respond(head: &[u8], document: &dyn Fn() -> Value, now: SystemTime) -> Option<Vec<u8>> {
+    let head = &head[..head.len().min(MOST_BYTES)];
+    let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    let (status, body) = match request.parse(head) {
+        Ok(httparse::Status::Complete(_)) => decide(request.method, request.path, document),
+        Ok(httparse::Status::Partial) if head.len() < MOST_BYTES => return None,
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => (
+            "431 Request Header Fields Too Large",
+            json!({ "error": "the request's head is too large" }),
+        ),
+        Err(_) => ("400 Bad Request", json!({ "error": "this is not HTTP/1" })),
+    };
+    let body = body.to_string();
+    let allow = if status.starts_with("405") {
+        "Allow: GET, HEAD\r\n"
+    } else {
+        ""
+    };
+    let mut response = format!(
+        "HTTP/1.1 {status}\r\nDate: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
+        httpdate::fmt_http_date(now),
+        body.len(),
+    );
+    if request.method != Some("HEAD") {
+        response.push_str(&body);
+    }
+    Some(response.into_bytes())
 }
 
 fn decide(
@@ -186,7 +184,50 @@ fn decide(
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Something like a request, and anything else.
+    fn heads() -> impl Strategy<Value = Vec<u8>> {
+        let text = r"(GET|HEAD|POST|[A-Z]{0,3}) (/status|/|\PC{0,8})(\?[a-z]{0,4})? HTTP/1\.[01]\r?\n([A-Za-z-]{0,8}:[ -~]{0,20}\r?\n){0,80}(\r\n)?\PC{0,4}";
+        prop_oneof![
+            4 => text.prop_map(String::into_bytes),
+            1 => prop::collection::vec(any::<u8>(), 0..300),
+            1 => (text, 0..20_000usize).prop_map(|(text, length)| {
+                let mut bytes = text.replace("\r\n\r\n", "\r\nx: ").into_bytes();
+                bytes.resize(length, b'x');
+                bytes
+            }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_get_one_whole_response_however_they_are_cut(bytes in heads(), cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..4)) {
+            let document = || json!({ "ready": true });
+            let whole = respond(&bytes, &document, SystemTime::UNIX_EPOCH);
+            let mut ends: Vec<usize> = cuts.iter().map(|cut| cut.index(bytes.len() + 1)).chain([bytes.len()]).collect();
+            ends.sort_unstable();
+            let first = ends.iter().find_map(|end| respond(&bytes[..*end], &document, SystemTime::UNIX_EPOCH));
+            prop_assert_eq!(&whole, &first);
+            match whole {
+                None => prop_assert!(bytes.len() < MOST_BYTES),
+                Some(response) => {
+                    let mut headers = [httparse::EMPTY_HEADER; 8];
+                    let mut parsed = httparse::Response::new(&mut headers);
+                    let Ok(httparse::Status::Complete(end)) = parsed.parse(&response) else {
+                        return Err(TestCaseError::fail(format!("{response:?}")));
+                    };
+                    prop_assert!(matches!(parsed.code, Some(200 | 400 | 404 | 405 | 431)));
+                    let length = parsed.headers.iter().find(|h| h.name == "Content-Length").expect("a length");
+                    let length: usize = std::str::from_utf8(length.value).expect("digits").parse().expect("a number");
+                    let body = response.len() - end;
+                    prop_assert!(body == length || (body == 0 && bytes.windows(5).any(|w| w == b"HEAD ")));
+                }
+            }
+        }
+    }
 
     fn in_local<F: Future<Output = ()>>(test: impl FnOnce(u16) -> F) {
         let runtime = tokio::runtime::Builder::new_current_thread()
