@@ -429,7 +429,7 @@ mod tests {
         );
     }
 
-    const NAMES: [&str; 19] = [
+    const NAMES: [&str; 20] = [
         "tenant",
         "package-set",
         "lock",
@@ -449,15 +449,23 @@ mod tests {
         "reuse",
         "instances",
         "freeze-after-ms",
+        "end-after-ms",
     ];
 
     proptest! {
         #[test]
         fn no_value_makes_it_panic_or_pass_its_limits(
-            values in prop::collection::hash_map(prop::sample::select(&NAMES[..]), "[ -~]{0,12}|[0-9]{1,25}|[a-f0-9-]{1,70}|.{0,5}", 0..18),
+            values in prop::collection::hash_map(prop::sample::select(&NAMES[..]), "[ -~]{0,12}|[0-9]{1,25}|[a-f0-9-]{1,70}|\\PC{0,300}|.{0,5}", 0..20),
         ) {
             let pairs: Vec<(&str, &str)> = values.iter().map(|(k, v)| (*k, v.as_str())).collect();
-            if let Ok(Some(config)) = FunctionConfig::from_annotations(&annotations(&pairs)) {
+            let read = FunctionConfig::from_annotations(&annotations(&pairs));
+            if let Err(error) = &read {
+                prop_assert!(error.to_string().len() < 800);
+            }
+            if let Ok(Some(config)) = read {
+                prop_assert!(config.end_after <= Duration::from_secs(24 * 60 * 60));
+                prop_assert!(config.freeze_after <= Duration::from_secs(24 * 60 * 60));
+                prop_assert!(config.handler.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'.'));
                 prop_assert!((1..=256).contains(&config.instances));
                 prop_assert!((1..=900).contains(&config.timeout.as_secs()));
                 prop_assert!(config.port > 0);

@@ -134,7 +134,10 @@ impl FunctionContainer {
 }
 
 /// What leaves are told of the container, from its specification.
-fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
+///
+/// # Errors
+/// A specification without a process, or with a seccomp profile that cannot be compiled.
+pub fn leaf_setup(spec: &Spec) -> Result<LeafSetup, Failure> {
     let process = spec
         .process()
         .as_ref()

@@ -11,7 +11,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Spec};
+use sock_zygote::protocol::ZygoteSetup;
 
+use crate::activation::ZygoteName;
 use crate::task::Failure;
 use crate::uses::Use;
 
@@ -75,8 +77,7 @@ impl Role {
         confined(spec)?;
         let used = match annotations.contains_key("sock.dev/lock") {
             true => {
-                let name = crate::activation::ZygoteName::from_annotations(&annotations)
-                    .map_err(Failure::invalid)?;
+                let name = ZygoteName::from_annotations(&annotations).map_err(Failure::invalid)?;
                 Some(Use::begin(&name, id)?)
             }
             false => None,
@@ -185,7 +186,7 @@ fn is_real_directory(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|m| m.is_dir())
 }
 
-fn packages(name: &crate::activation::ZygoteName) -> Option<PathBuf> {
+fn packages(name: &ZygoteName) -> Option<PathBuf> {
     let path = Path::new(CACHE)
         .join(&name.tenant)
         .join(&name.lock)
@@ -202,31 +203,53 @@ fn add_env(spec: &mut Spec, name: &str, value: &str) {
     }
 }
 
+/// A value as a message shows it.
+fn shown(value: &str) -> String {
+    const MOST: usize = 100;
+    format!("{:?}", value.chars().take(MOST).collect::<String>())
+}
+
+/// Most modules in one list.
+const MOST_MODULES: usize = 256;
+/// Longest name of a module, in bytes.
+const LONGEST_MODULE: usize = 200;
+
 /// A JSON list of module names.
 fn modules(annotations: &HashMap<String, String>, name: &str) -> Result<Vec<String>, Failure> {
     let Some(text) = annotations.get(&format!("sock.dev/{name}")) else {
         return Ok(Vec::new());
     };
+    // What serde_json says of a wrong type repeats the value, however long it is.
     let list: Vec<String> = serde_json::from_str(text).map_err(|e| {
         Failure::invalid(format!(
-            "annotation sock.dev/{name}: {e}: give a JSON list of module names"
+            "annotation sock.dev/{name}: {}, line {}, column {}: give a JSON list of module names",
+            shown(text),
+            e.line(),
+            e.column()
         ))
     })?;
+    if list.len() > MOST_MODULES {
+        return Err(Failure::invalid(format!(
+            "annotation sock.dev/{name} names {} modules: give at most {MOST_MODULES}",
+            list.len()
+        )));
+    }
     let module = |m: &String| {
         !m.is_empty()
-            && m.len() <= 200
+            && m.len() <= LONGEST_MODULE
             && m.chars()
                 .all(|c| c.is_alphanumeric() || c == '_' || c == '.')
     };
     match list.iter().find(|m| !module(m)) {
         Some(bad) => Err(Failure::invalid(format!(
-            "annotation sock.dev/{name}: {bad:?} is not the name of a module"
+            "annotation sock.dev/{name}: {} is not the name of a module",
+            shown(bad)
         ))),
         None => Ok(list),
     }
 }
 
-/// Longest code that a zygote runs after its imports, in bytes: it has to fit into one packet.
+/// Longest code that a zygote runs after its imports, in bytes.
 const MOST_WARM_UP: usize = 8 << 10;
 
 /// Python code of the PackageSet; empty where it has none.
@@ -237,5 +260,187 @@ fn warm_up(annotations: &HashMap<String, String>) -> Result<String, Failure> {
             code.len()
         ))),
         code => Ok(code.cloned().unwrap_or_default()),
+    }
+}
+
+/// What the annotations say of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Which PackageSet it is of.
+    pub name: ZygoteName,
+    /// What the zygote is to become.
+    pub setup: ZygoteSetup,
+    /// Where the shim answers `GET /status`.
+    pub status_port: u16,
+}
+
+impl PoolConfig {
+    /// Reads the annotations of a pool's pod. What they say fits into the one packet that a zygote is told it by.
+    ///
+    /// # Errors
+    /// The first annotation at fault, with its value and what to do.
+    pub fn from_annotations(annotations: &HashMap<String, String>) -> Result<Self, Failure> {
+        let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
+        let number =
+            |key: &str, default: u16, allowed: std::ops::RangeInclusive<u16>| match annotations
+                .get(&format!("sock.dev/{key}"))
+            {
+                None => Ok(default),
+                Some(text) => {
+                    let plain = text.bytes().all(|b| b.is_ascii_digit());
+                    let number = text.parse().ok();
+                    number
+                        .filter(|n| plain && allowed.contains(n))
+                        .ok_or_else(|| {
+                            Failure::invalid(format!(
+                                "annotation sock.dev/{key}: {}: give a number from {} to {}",
+                                shown(text),
+                                allowed.start(),
+                                allowed.end()
+                            ))
+                        })
+                }
+            };
+        let setup = ZygoteSetup {
+            imports: modules(annotations, "imports")?,
+            path: vec![SITE_PACKAGES.into()],
+            spares: number("spares", 1, 0..=64)?.into(),
+            accepted_threads: modules(annotations, "accepted-threads")?,
+            warm_up: warm_up(annotations)?,
+        };
+        let names = setup.imports.iter().chain(&setup.accepted_threads);
+        let length: usize = names.map(|name| name.len()).sum();
+        if length > MOST_NAMES {
+            return Err(Failure::invalid(format!(
+                "annotations sock.dev/imports and sock.dev/accepted-threads name {length} bytes of modules: give at most {MOST_NAMES}"
+            )));
+        }
+        Ok(Self {
+            name,
+            setup,
+            status_port: number("status-port", 9464, 1..=65535)?,
+        })
+    }
+}
+
+/// All names of modules together, in bytes: with the warm-up and the lengths between them they fill most of a packet.
+const MOST_NAMES: usize = 48 << 10;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use sock_zygote::protocol::{MAX_MESSAGE, ToZygote};
+
+    use super::*;
+
+    fn pool(pairs: &[(&str, &str)]) -> Result<PoolConfig, Failure> {
+        let base = [
+            ("package-set", "science"),
+            ("tenant", "0a"),
+            ("lock", "1b"),
+            ("digest", "2c"),
+        ];
+        let annotations = base
+            .iter()
+            .chain(pairs)
+            .map(|(k, v)| (format!("sock.dev/{k}"), (*v).to_owned()))
+            .collect();
+        PoolConfig::from_annotations(&annotations)
+    }
+
+    fn packet(config: &PoolConfig) -> usize {
+        let message = ToZygote::Configure(config.setup.clone());
+        postcard::to_stdvec(&message).expect("a message").len()
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let config = pool(&[]).expect("valid");
+        assert_eq!((config.setup.spares, config.status_port), (1, 9464));
+    }
+
+    #[test]
+    fn as_much_as_a_package_set_may_say_fits_a_packet_or_is_refused_at_once() {
+        let names = |n: usize| serde_json::json!(vec!["m".repeat(200); n]).to_string();
+        let warm_up = "x".repeat(MOST_WARM_UP);
+        for imports in [200, 256] {
+            let said = pool(&[
+                ("imports", &names(imports)),
+                ("accepted-threads", &names(40)),
+                ("warm-up", &warm_up),
+            ]);
+            match said {
+                Ok(config) => assert!(packet(&config) <= MAX_MESSAGE),
+                Err(error) => assert!(error.to_string().contains("modules"), "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_value_is_not_repeated() {
+        let long = "x".repeat(200_000);
+        let quoted = format!("\"{long}\"");
+        let listed = format!("[\"{long}\"]");
+        for (name, value) in [
+            ("imports", &quoted),
+            ("imports", &listed),
+            ("accepted-threads", &long),
+            ("spares", &long),
+            ("status-port", &long),
+            ("warm-up", &long),
+            ("digest", &long),
+        ] {
+            let error = pool(&[(name, value)]).expect_err("invalid").to_string();
+            assert!(error.contains(name) && error.len() < 400, "{}", error.len());
+        }
+    }
+
+    #[test]
+    fn numbers_are_plain_and_within_their_limits() {
+        for (name, value) in [
+            ("spares", "65"),
+            ("spares", "+5"),
+            ("spares", ""),
+            ("status-port", "0"),
+            ("status-port", "65536"),
+        ] {
+            let error = pool(&[(name, value)]).expect_err(value).to_string();
+            assert!(error.contains("give a number from"), "{error}");
+        }
+    }
+
+    const NAMES: [&str; 9] = [
+        "tenant",
+        "package-set",
+        "lock",
+        "digest",
+        "imports",
+        "spares",
+        "accepted-threads",
+        "warm-up",
+        "status-port",
+    ];
+
+    proptest! {
+        #[test]
+        fn no_value_makes_a_pool_panic_or_pass_its_limits(
+            values in prop::collection::hash_map(prop::sample::select(&NAMES[..]), r#"[ -~]{0,12}|[0-9]{1,25}|[a-f0-9-]{1,70}|\[("[a-z._é]{0,20}",? ?){0,40}\]|\PC{0,9}"#, 0..9),
+            long in 0usize..300,
+        ) {
+            let mut pairs: Vec<(&str, &str)> = values.iter().map(|(k, v)| (*k, v.as_str())).collect();
+            let imports = serde_json::json!(vec!["é".repeat(100); long]).to_string();
+            if long > 0 {
+                pairs.push(("imports", &imports));
+            }
+            match pool(&pairs) {
+                Ok(config) => {
+                    prop_assert!(config.setup.spares <= 64 && config.status_port > 0);
+                    prop_assert!(packet(&config) <= MAX_MESSAGE);
+                    let path = config.name.pools(Path::new(POOLS));
+                    prop_assert_eq!(path.components().count(), Path::new(POOLS).components().count() + 2);
+                }
+                Err(error) => prop_assert!(error.to_string().len() < 800, "{}", error),
+            }
+        }
     }
 }

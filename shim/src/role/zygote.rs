@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -18,11 +18,10 @@ use oci_spec::runtime::{
 use serde_json::json;
 use sock_sandbox::root::Root;
 use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, namespace};
-use sock_zygote::protocol::ZygoteSetup;
 use sock_zygote::{Broker, Zygote};
 
-use super::{POOLS, SITE_PACKAGES, add_env, add_payload, modules, packages, warm_up};
-use crate::activation::{End, ZygoteName};
+use super::{POOLS, PoolConfig, add_env, add_payload, packages};
+use crate::activation::End;
 use crate::children::Claim;
 use crate::container::Container;
 use crate::process::{Process, run_program};
@@ -48,11 +47,9 @@ const OWN: libc::c_int =
 /// Namespaces that are joined: the zygote's own after a fork, the pod's empty network.
 const JOINED: [libc::c_int; 2] = [libc::CLONE_NEWPID, libc::CLONE_NEWNET];
 
-/// What the annotations say of a pool.
+/// A pool's container.
 pub struct ZygoteContainer {
-    name: ZygoteName,
-    setup: ZygoteSetup,
-    status_port: u16,
+    config: PoolConfig,
     user: UserMapping,
     holder: RefCell<Option<NamespaceHolder>>,
     control: RefCell<Option<OwnedFd>>,
@@ -71,30 +68,12 @@ impl ZygoteContainer {
         spec: &mut Spec,
         annotations: &HashMap<String, String>,
     ) -> Result<Self, Failure> {
-        let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
-        let number = |key: &str, default: u32, most: u32| -> Result<u32, Failure> {
-            match annotations.get(&format!("sock.dev/{key}")) {
-                None => Ok(default),
-                Some(text) => text.parse().ok().filter(|n| *n <= most).ok_or_else(|| {
-                    Failure::invalid(format!(
-                        "annotation sock.dev/{key}: {text:?}: give a number of at most {most}"
-                    ))
-                }),
-            }
-        };
-        let setup = ZygoteSetup {
-            imports: modules(annotations, "imports")?,
-            path: vec![SITE_PACKAGES.into()],
-            spares: number("spares", 1, 64)?,
-            accepted_threads: modules(annotations, "accepted-threads")?,
-            warm_up: warm_up(annotations)?,
-        };
-        let status_port = u16::try_from(number("status-port", 9464, 65535)?).unwrap_or(9464);
-        let packages = packages(&name);
+        let config = PoolConfig::from_annotations(annotations)?;
+        let packages = packages(&config.name);
         if packages.is_none() {
             return Err(Failure::precondition(format!(
                 "PackageSet {}: its packages are not in the node cache: see its install container",
-                name.package_set
+                config.name.package_set
             )));
         }
         add_payload(spec, packages)?;
@@ -105,9 +84,7 @@ impl ZygoteContainer {
         });
         let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
         Ok(Self {
-            name,
-            setup,
-            status_port,
+            config,
             user,
             holder: RefCell::default(),
             control: RefCell::default(),
@@ -249,7 +226,7 @@ impl ZygoteContainer {
             .control
             .take()
             .ok_or_else(|| Failure::precondition("the zygote was started before"))?;
-        let set = &self.name.package_set;
+        let set = &self.config.name.package_set;
         let ended = async {
             let exit = process.wait().await;
             let cgroup = container.cgroup.borrow().clone();
@@ -261,14 +238,14 @@ impl ZygoteContainer {
         };
         tokio::pin!(ended);
         let configured = tokio::select! {
-            configured = Zygote::configure(control, &self.setup) => match configured {
+            configured = Zygote::configure(control, &self.config.setup) => match configured {
                 // Its channel closes a moment before it can be reaped.
                 Err(e) if e.is_closed() => Err(tokio::time::timeout(REAPED_WITHIN, ended).await.unwrap_or_else(|_| e.to_string())),
                 other => other.map_err(|e| e.to_string()),
             },
             end = &mut ended => Err(end),
             () = tokio::time::sleep(WARM_WITHIN) => {
-                let what: Vec<&str> = self.setup.imports.iter().map(String::as_str).chain((!self.setup.warm_up.is_empty()).then_some("warmUp")).collect();
+                let what: Vec<&str> = self.config.setup.imports.iter().map(String::as_str).chain((!self.config.setup.warm_up.is_empty()).then_some("warmUp")).collect();
                 Err(format!("{} took more than {} s", what.join(", "), WARM_WITHIN.as_secs()))
             }
         };
@@ -278,10 +255,8 @@ impl ZygoteContainer {
             Some(holder) => holder.user.try_clone()?,
             None => return Err(Failure::precondition("the zygote has no namespaces")),
         };
-        let path: PathBuf = Path::new(POOLS)
-            .join(&self.name.tenant)
-            .join(&self.name.digest)
-            .join(format!("{}.sock", container.sandbox));
+        let pools = self.config.name.pools(Path::new(POOLS));
+        let path = pools.join(format!("{}.sock", container.sandbox));
         let broker = Broker::listen(&path).map_err(Failure::unknown)?;
         tracing::info!(
             package_set = set,
@@ -300,10 +275,12 @@ impl ZygoteContainer {
             .collect();
         let document =
             json!({"ready": true, "importMicros": warm.import_micros, "modules": modules});
-        match StatusServer::start(self.status_port, move || document.clone()) {
+        match StatusServer::start(self.config.status_port, move || document.clone()) {
             Ok(server) => *self.status.borrow_mut() = Some(server),
             // Figures are missing then; Functions are served.
-            Err(e) => tracing::warn!(port = self.status_port, error = %e, "no status of the pool"),
+            Err(e) => {
+                tracing::warn!(port = self.config.status_port, error = %e, "no status of the pool")
+            }
         }
         *self.serving.borrow_mut() = Some(serve.abort_handle());
         Ok(())
@@ -315,9 +292,7 @@ impl ZygoteContainer {
         if let Some(task) = self.serving.take() {
             task.abort();
             // The socket goes with the task, in a moment; its directories when the last pool of this digest has gone.
-            let pools = Path::new(POOLS)
-                .join(&self.name.tenant)
-                .join(&self.name.digest);
+            let pools = self.config.name.pools(Path::new(POOLS));
             tokio::task::spawn_local(async move {
                 tokio::task::yield_now().await;
                 crate::uses::remove_empty(Some(&pools), Path::new(POOLS));
@@ -356,15 +331,26 @@ fn record(bundle: &Path, pid: i32) -> Result<(), Failure> {
     )?)
 }
 
-/// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
 fn start_time(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(19)?
-        .parse()
-        .ok()
+    // A process names itself as it likes, also in bytes that are no text.
+    started(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)): fields are counted from behind the name, which ends at the last parenthesis.
+#[must_use]
+pub fn started(stat: &[u8]) -> Option<u64> {
+    let end = stat.iter().rposition(|b| *b == b')')?;
+    let fields = std::str::from_utf8(&stat[end + 1..]).ok()?;
+    fields.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// The process that a bundle's file names, and its start time.
+#[must_use]
+pub fn recorded(text: &str) -> Option<(i32, u64)> {
+    let (pid, started) = text.trim().split_once(' ')?;
+    // 0 and negative numbers are groups of processes to kill(2), and 1 is nobody's holder.
+    let pid = pid.parse().ok().filter(|pid| *pid > 1)?;
+    Some((pid, started.parse().ok()?))
 }
 
 /// After a crash: has the holder of a bundle's zygote end with the last leaf.
@@ -372,14 +358,8 @@ pub fn release(bundle: &Path) {
     let Ok(text) = std::fs::read_to_string(bundle.join(HOLDER)) else {
         return;
     };
-    let mut parts = text.split_whitespace();
-    let (pid, started) = (
-        parts.next().and_then(|p| p.parse::<i32>().ok()),
-        parts.next().and_then(|s| s.parse::<u64>().ok()),
-    );
-    if let Some(pid) = pid
-        && started.is_some()
-        && start_time(pid) == started
+    if let Some((pid, started)) = recorded(&text)
+        && start_time(pid) == Some(started)
     {
         // SAFETY: sends a signal to a process that was just found to be the one recorded.
         unsafe { libc::kill(pid, libc::SIGTERM) };
@@ -433,4 +413,52 @@ fn capabilities(set: HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapa
         .ambient(set)
         .build()
         .map_err(Failure::unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_that_of_the_kernel_whatever_the_name() {
+        let rest = "S 1 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 0";
+        for name in [&b"python3"[..], b") S 1", b"\xff\xfe", b"a b\nc"] {
+            let stat = [b"17 (", name, b") ", rest.as_bytes()].concat();
+            assert_eq!(started(&stat), Some(4242), "{name:?}");
+        }
+        let own = i32::try_from(std::process::id()).expect("a process number");
+        assert!(start_time(own).is_some_and(|t| t > 0));
+    }
+
+    #[test]
+    fn no_group_of_processes_is_taken_for_a_holder() {
+        for text in [
+            "-1 5",
+            "0 5",
+            "1 5",
+            "",
+            "7",
+            "7 x",
+            "7 5 9",
+            "99999999999 5",
+        ] {
+            assert_eq!(recorded(text), None, "{text}");
+        }
+        assert_eq!(recorded("7 5"), Some((7, 5)));
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_bundle_records_is_read_back(pid in 2.., started in any::<u64>()) {
+            prop_assert_eq!(recorded(&format!("{pid} {started}")), Some((pid, started)));
+        }
+
+        #[test]
+        fn no_text_is_a_panic_or_a_group(bytes in prop::collection::vec(any::<u8>(), 0..120), text in "\\PC{0,30}|-?[0-9]{0,12} [0-9]{0,22}") {
+            let _ = super::started(&bytes);
+            prop_assert!(recorded(&text).is_none_or(|(pid, _)| pid > 1));
+        }
+    }
 }
