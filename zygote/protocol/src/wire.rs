@@ -161,9 +161,11 @@ pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Er
             _ => {}
         }
     }
-    if got
-        .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    // Without credentials their room holds a few more descriptors.
+    if fds.len() > MAX_FDS
+        || got
+            .flags
+            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
     {
         return Err(Error::TooLarge);
     }
