@@ -49,6 +49,8 @@ impl Channel {
     /// # Errors
     /// [`Error::Wire`]; see [`Error::is_closed`].
     pub async fn receive<M: DeserializeOwned>(&self) -> Result<Received<M>> {
+        // Readiness takes nothing of a task's budget: a peer that never stops talking must not stop the others.
+        tokio::task::coop::consume_budget().await;
         loop {
             let mut ready = self.socket.readable().await.map_err(Error::Watch)?;
             match protocol::receive(self.socket.get_ref()) {

@@ -71,7 +71,6 @@ impl Zygote {
     /// Waits for the zygote's end. Cancel safe.
     pub async fn ended(&self) -> Error {
         loop {
-            tokio::task::coop::consume_budget().await;
             match self.0.receive::<FromZygote>().await {
                 // Nothing is asked on this channel that would have an answer.
                 Ok(_) => {}
@@ -179,7 +178,6 @@ impl ZygoteChannel {
     /// Waits for the zygote's end. Cancel safe.
     pub async fn ended(&self) -> Error {
         loop {
-            tokio::task::coop::consume_budget().await;
             if let Err(error) = self.hear().await {
                 return error;
             }
@@ -269,5 +267,50 @@ fn name(message: &FromZygote) -> &'static str {
         FromZygote::Refused { .. } => "Refused",
         FromZygote::Forked { .. } => "Forked",
         FromZygote::ForkFailed { .. } => "ForkFailed",
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rustix::io::{dup, ioctl_fionbio, ioctl_fionread};
+    use rustix::net::sockopt::set_socket_send_buffer_size;
+
+    use super::*;
+
+    #[test]
+    fn a_zygote_that_never_stops_talking_lets_others_have_their_turn() {
+        let (ours, theirs) = protocol::pair().unwrap();
+        ioctl_fionbio(&theirs, true).unwrap();
+        // Room for more than a task hears in one turn.
+        set_socket_send_buffer_size(&theirs, 1 << 20).unwrap();
+        let noise = FromZygote::Forked {
+            ticket: u64::MAX,
+            spare: true,
+            micros: 0,
+        };
+        while protocol::send(&theirs, &noise, &[]).is_ok() {}
+        let said = dup(&ours).unwrap();
+        let all = ioctl_fionread(&said).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, async {
+            let channel = ZygoteChannel::new(ours).unwrap();
+            let asking = tokio::task::spawn_local(async move { channel.answer(7).await.err() });
+            let other = tokio::task::spawn_local(async move {
+                loop {
+                    tokio::task::yield_now().await;
+                    let left = ioctl_fionread(&said).unwrap();
+                    if left < all {
+                        return left;
+                    }
+                }
+            });
+            assert!(other.await.unwrap() > 0, "all was heard in one turn");
+            asking.abort();
+        });
     }
 }
