@@ -9,14 +9,21 @@ fn main() {
         std::env::var(name).unwrap_or_else(|_| panic!("cargo sets {name} for build scripts"))
     };
     let out = Path::new(&env("OUT_DIR")).join("holder");
+    let target = env("TARGET");
+    // With glibc rustc links by its own lld, which `-Clink-self-contained=no` hides from it.
+    let linker: &[&str] = match &*target {
+        "x86_64-unknown-linux-gnu" => &["-Clinker-features=-lld"],
+        _ => &[],
+    };
     let status = Command::new(env("RUSTC"))
+        .args(linker)
         .args([
             "--edition=2024",
             "--crate-name=holder",
             "--crate-type=bin",
             "holder/holder.rs",
         ])
-        .args(["--target", &env("TARGET")])
+        .args(["--target", &target])
         .args([
             "-Copt-level=s",
             "-Cpanic=abort",
