@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench build payload extension images cluster install lint unit guest e2e test clean distclean
+.PHONY: help rust demo bench build payload extension images cluster install lint unit fuzz guest e2e test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,9 @@ lint: rust ## all checks that run nothing
 unit: payload ## unit tests and, as root, the integration tests that need no cluster
 	cargo test --locked --workspace --exclude sock-e2e --exclude sock-zygote-extension
 
+fuzz: rust ## what nobody has written down, to every parser: FUZZ_SECONDS=60 for each target of fuzz/
+	.ci/fuzz
+
 guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 	e2e/guest/test
 
@@ -52,7 +55,7 @@ e2e: install ## end-to-end tests on the cluster
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test failures --test input --test upgrades && \
 	cargo test --locked -p sock-e2e --test deletion
 
-test: lint unit guest e2e ## the whole suite
+test: lint unit fuzz guest e2e ## the whole suite
 
 clean: ## the cluster and all that it changed on this machine; PURGE=1 drops the caches too
 	e2e/cluster/down $(if $(PURGE),--purge)
