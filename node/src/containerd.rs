@@ -128,7 +128,7 @@ impl Process {
 }
 
 /// The configuration that a command line names, arguments separated by NUL.
-fn config_path(command_line: &str) -> PathBuf {
+pub(crate) fn config_path(command_line: &str) -> PathBuf {
     let mut arguments = command_line.split('\0');
     while let Some(argument) = arguments.next() {
         let value = match argument {
@@ -145,7 +145,7 @@ fn config_path(command_line: &str) -> PathBuf {
 }
 
 /// The service that a process belongs to, from its `/proc/PID/cgroup`.
-fn unit(cgroups: &str) -> Option<String> {
+pub(crate) fn unit(cgroups: &str) -> Option<String> {
     cgroups
         .lines()
         .filter_map(|line| {
@@ -160,14 +160,14 @@ fn unit(cgroups: &str) -> Option<String> {
 
 /// What has to be on the disk so that containerd knows the runtime.
 #[derive(Debug, Eq, PartialEq)]
-struct Plan {
-    drop_in: PathBuf,
-    drop_in_text: String,
+pub(crate) struct Plan {
+    pub(crate) drop_in: PathBuf,
+    pub(crate) drop_in_text: String,
     /// The main configuration with an import added; none if it reads the drop-in already.
-    main: Option<String>,
+    pub(crate) main: Option<String>,
 }
 
-fn plan(config: &Path, text: Option<&str>) -> Result<Plan, Error> {
+pub(crate) fn plan(config: &Path, text: Option<&str>) -> Result<Plan, Error> {
     let mut document = parse(config, text.unwrap_or_default())?;
     let version = match document.get("version") {
         // containerd 2 takes a file without a version, or with 1, over into its own version before it merges.
@@ -206,6 +206,14 @@ fn plan(config: &Path, text: Option<&str>) -> Result<Plan, Error> {
          container_annotations = [\"sock.dev/*\"]\n"
     );
 
+    // Where containerd reads no list, none is put in its place.
+    if let Some(other) = document.get("imports").filter(|item| !item.is_array()) {
+        return Err(Error::Value {
+            path: config.to_owned(),
+            field: "imports",
+            value: other.to_string().trim().to_owned(),
+        });
+    }
     let directory = config.parent().unwrap_or(Path::new("/"));
     let imported = imports(&document).find_map(|pattern| place(directory, pattern));
     if let Some(drop_in) = imported {
@@ -270,7 +278,7 @@ fn place(directory: &Path, import: &str) -> Option<PathBuf> {
 }
 
 /// The main configuration without the import of the drop-in; none if it has none.
-fn without_import(config: &Path, text: &str) -> Result<Option<String>, Error> {
+pub(crate) fn without_import(config: &Path, text: &str) -> Result<Option<String>, Error> {
     let mut document = parse(config, text)?;
     let entry = config
         .parent()
@@ -285,14 +293,22 @@ fn without_import(config: &Path, text: &str) -> Result<Option<String>, Error> {
     if array.len() == before {
         return Ok(None);
     }
-    if array.is_empty() {
+    let is_empty = array.is_empty();
+    // A list with a comment over it was there before.
+    let has_comment = document.key("imports").is_some_and(|key| {
+        let prefix = key.leaf_decor().prefix();
+        prefix
+            .and_then(|prefix| prefix.as_str())
+            .is_some_and(|prefix| prefix.contains('#'))
+    });
+    if is_empty && !has_comment {
         document.remove("imports");
     }
     Ok(Some(document.to_string()))
 }
 
 /// Whether a dump of containerd's configuration has the runtime, whatever plugin holds it.
-fn knows_runtime(dump: &str) -> bool {
+pub(crate) fn knows_runtime(dump: &str) -> bool {
     let Ok(document) = dump.parse::<DocumentMut>() else {
         return false;
     };
@@ -527,6 +543,8 @@ impl Version {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const KIND: &str = r#"# explicitly use v2 config format
@@ -636,6 +654,60 @@ version = 2
             assert_eq!(without_import(config, &with).unwrap().unwrap(), main);
         }
         assert_eq!(without_import(config, KIND).unwrap(), None);
+    }
+
+    #[test]
+    fn imports_that_are_no_list_are_named_and_not_replaced() {
+        for imports in ["\"conf.d/*.toml\"", "1", "{ a = 1 }"] {
+            let main = format!("version = 3\nimports = {imports}\n");
+            let error = plan(Path::new("/c/config.toml"), Some(&main)).unwrap_err();
+            assert!(error.to_string().contains("imports is"), "{error}");
+        }
+    }
+
+    fn list(text: &str) -> Vec<String> {
+        let document: DocumentMut = text.parse().unwrap();
+        imports(&document).map(str::to_owned).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_main_file_gains_one_import_and_nothing_else(
+            version in prop::option::of(2..5i64),
+            given in prop::option::of(prop::collection::vec(r"[a-z/.*]{0,12}", 0..4)),
+            comment in prop::option::of("# [a-z ]{0,9}"),
+            tables in prop::collection::vec(("[a-c]{1,3}", "[a-z]{1,4}", any::<i64>()), 0..4),
+        ) {
+            let config = Path::new("/etc/containerd/config.toml");
+            let mut text = comment.map(|c| c + "\n").unwrap_or_default();
+            version.iter().for_each(|v| text += &format!("version = {v}\n"));
+            given.iter().for_each(|list| text += &format!("imports = {list:?}\n"));
+            let names: std::collections::BTreeMap<_, _> = tables.iter().map(|(n, k, v)| (n, (k, v))).collect();
+            names.iter().for_each(|(name, (key, value))| text += &format!("\n[{name}]\n{key} = {value} # kept\n"));
+            let made = plan(config, Some(&text)).unwrap();
+            prop_assert_eq!(made.drop_in.file_name().unwrap(), FILE);
+            prop_assert!(knows_runtime(&made.drop_in_text));
+            if let Some(main) = made.main {
+                let mut expected = list(&text);
+                expected.push(made.drop_in.to_str().unwrap().to_owned());
+                prop_assert_eq!(list(&main), expected);
+                let again = plan(config, Some(&main)).unwrap();
+                prop_assert_eq!((again.drop_in, again.main), (made.drop_in, None));
+                let back = without_import(config, &main).unwrap().unwrap();
+                // An empty list goes with the last import, unless the file's first comment stands over it.
+                let goes = given == Some(vec![]) && (version.is_some() || !text.starts_with('#'));
+                let before = if goes { text.replace("imports = []\n", "") } else { text };
+                prop_assert_eq!(back, before);
+            }
+        }
+
+        #[test]
+        fn no_text_of_the_host_is_a_panic(text in r#"\PC{0,60}|([a-z]{0,3}[=.:/"\[\]{}#\n0 ]){0,20}"#) {
+            let _ = plan(Path::new("/etc/containerd/config.toml"), Some(&text));
+            let _ = without_import(Path::new("/etc/containerd/config.toml"), &text);
+            let _ = (knows_runtime(&text), config_path(&text), Version::parse(&text));
+            prop_assert!(unit(&text).is_none_or(|unit| unit.ends_with(".service") && !unit.contains('/')));
+        }
     }
 
     #[test]
