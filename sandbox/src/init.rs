@@ -2,8 +2,10 @@
 
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec};
@@ -526,7 +528,7 @@ fn execute(process: &Process) -> Result<Infallible> {
     if !env.iter().any(|e| e.starts_with("HOME=")) {
         envp.push(c(OsStr::new(&format!(
             "HOME={}",
-            home(process.user().uid())
+            home(Path::new("/etc/passwd"), process.user().uid())
         )))?);
     }
     let path = find(program, &env)?;
@@ -582,17 +584,28 @@ fn find(program: &str, env: &[String]) -> Result<PathBuf> {
     }))
 }
 
-fn home(uid: u32) -> String {
-    std::fs::read_to_string("/etc/passwd")
-        .ok()
-        .and_then(|text| {
-            text.lines().find_map(|line| {
-                let parts: Vec<&str> = line.split(':').collect();
-                (parts.get(2)?.parse() == Ok(uid))
-                    .then(|| parts.get(5).map(|h| (*h).to_string()))?
-            })
+/// The user's home by the image's list of users, which may be anything: a pipe that nobody writes to, a device without an end.
+fn home(users: &Path, uid: u32) -> String {
+    const MOST: u64 = 1 << 20;
+    let read = || -> std::io::Result<Vec<u8>> {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(users)?;
+        let mut text = Vec::new();
+        if file.metadata()?.is_file() {
+            file.take(MOST).read_to_end(&mut text)?;
+        }
+        Ok(text)
+    };
+    let text = read().unwrap_or_default();
+    String::from_utf8_lossy(&text)
+        .lines()
+        .find_map(|line| {
+            let parts: Vec<&str> = line.split(':').collect();
+            (parts.get(2)?.parse() == Ok(uid)).then(|| parts.get(5).map(|h| (*h).to_string()))?
         })
-        .filter(|h| !h.is_empty())
+        .filter(|h| !h.is_empty() && !h.contains('\0'))
         .unwrap_or_else(|| "/".into())
 }
 
@@ -624,4 +637,50 @@ fn execute_holder(program: Option<&OwnedFd>, kind: HolderKind) -> Result<Infalli
         )
     };
     Err(std::io::Error::last_os_error()).step("run", "holder")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_pipe_or_a_device_in_place_of_the_users_holds_nobody_up() {
+        let image = tempfile::tempdir().unwrap();
+        let pipe = image.path().join("passwd");
+        let name = c(pipe.as_os_str()).unwrap();
+        // SAFETY: a C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o644) }, 0);
+        assert_eq!(home(&pipe, 0), "/");
+        assert_eq!(home(Path::new("/dev/zero"), 0), "/");
+        assert_eq!(home(image.path(), 0), "/");
+        assert_eq!(home(&image.path().join("none"), 0), "/");
+    }
+
+    #[test]
+    fn a_line_that_is_no_text_hides_no_other() {
+        let image = tempfile::tempdir().unwrap();
+        let users = image.path().join("passwd");
+        std::fs::write(
+            &users,
+            b"j\xfcrgen:x:7:7::/home/j:\nada:x:8:8:Ada:/home/ada:/bin/sh\n",
+        )
+        .unwrap();
+        assert_eq!(home(&users, 8), "/home/ada");
+        assert_eq!(home(&users, 7), "/home/j");
+        assert_eq!(home(&users, 9), "/");
+    }
+
+    proptest! {
+        #[test]
+        fn any_list_of_users_yields_a_home(bytes in prop::collection::vec(prop_oneof![Just(b':'), Just(b'\n'), Just(b'7'), any::<u8>()], 0..200)) {
+            let image = tempfile::tempdir().unwrap();
+            let users = image.path().join("passwd");
+            std::fs::write(&users, &bytes).unwrap();
+            let home = home(&users, 7);
+            prop_assert!(!home.is_empty() && !home.contains(['\0', '\n', ':']));
+        }
+    }
 }
