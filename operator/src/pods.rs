@@ -145,7 +145,15 @@ pub fn line(message: &str) -> String {
     while let Some(stripped) = strip(rest) {
         rest = stripped;
     }
-    rest.chars().take(LONGEST).collect()
+    // Part of it is a tenant's text, and whoever reads it may sit at a terminal.
+    rest.chars()
+        .filter_map(|c| match c {
+            c if !c.is_control() => Some(c),
+            c if c.is_whitespace() => Some(' '),
+            _ => None,
+        })
+        .take(LONGEST)
+        .collect()
 }
 
 /// What the runtime said when a container could not be started. It comes first; kubelet appends the container's log
@@ -206,8 +214,10 @@ fn strip(text: &str) -> Option<&str> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
+
+    use super::*;
 
     fn pod(status: serde_json::Value) -> Pod {
         serde_json::from_value(json!({
@@ -303,5 +313,53 @@ mod tests {
             "message": "0/3 nodes are available" }] }),
         );
         assert_eq!(failure(&pod).unwrap(), "0/3 nodes are available");
+    }
+
+    #[test]
+    fn a_line_has_no_control_characters_of_whoever_wrote_it() {
+        assert_eq!(
+            line("ValueError: \x1b[2J\x07gone\rOK"),
+            "ValueError: [2Jgone OK"
+        );
+    }
+
+    /// Words of containerd, kubelet and Python in any order, and anything else.
+    fn messages() -> impl Strategy<Value = String> {
+        let word = prop::sample::select(vec![
+            "rpc error: code = ",
+            "Unknown",
+            " desc = ",
+            "failed to start containerd task \"",
+            "ab12\": ",
+            "Error: ",
+            "failed to create shim task: ",
+            ": unknown",
+            ": ",
+            "ImportError: no x",
+            ": Traceback (most recent call last):",
+            "\n",
+            "\r\n",
+            "\r",
+            "\x1b[31m",
+            "\0",
+            "\u{2028}",
+            " ",
+        ]);
+        let any =
+            prop_oneof![8 => word.prop_map(str::to_owned), 1 => "\\PC{0,6}", 1 => "x{0,2000}"];
+        prop::collection::vec(any, 0..12).prop_map(|parts| parts.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn any_message_becomes_one_short_line(message in messages(), reason in prop::option::of("StartError|Error|\\PC{0,9}"), exit_code in any::<i32>()) {
+            for said in [line(&message), start_error(&message)] {
+                prop_assert!(said.chars().count() <= LONGEST);
+                prop_assert!(!said.contains(char::is_control), "{said:?}");
+            }
+            let state = json!({ "terminated": { "exitCode": exit_code, "reason": reason, "message": message } });
+            let told = failure(&pod(json!({ "containerStatuses": container(state, json!({})) })));
+            prop_assert_eq!(told.is_some(), exit_code != 0);
+        }
     }
 }
