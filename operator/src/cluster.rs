@@ -1,26 +1,32 @@
 //! What both controllers do with the API server: apply, own, tell.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::core::NamespaceResourceScope;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::condition::find;
-use crate::contract::{FIELD_MANAGER, is_child};
+use crate::connection;
+use crate::contract::{FIELD_MANAGER, is_child, sha256};
+use crate::controller::Reconciled;
 use crate::metrics::Metrics;
 use sock_crds::Condition;
+use tokio::time::Instant;
 
 /// What a step of reconciling may fail with.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{step} {kind} {name}: {source}")]
+    #[error("{step} {kind} {name}: {}", words(source))]
     Api {
         step: &'static str,
         kind: String,
@@ -33,6 +39,17 @@ pub enum Error {
     Taken { kind: String, name: String },
     #[error("{0} has no namespace")]
     NoNamespace(String),
+    #[error("the API server is too slow: nothing came of it in {} s", .0.as_secs())]
+    Slow(Duration),
+}
+
+/// What the API server said, or why it said nothing.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        kube::Error::Service(source) => source.to_string(),
+        other => other.to_string(),
+    }
 }
 
 impl Error {
@@ -46,6 +63,44 @@ impl Error {
                 _ => "ApiServerError",
             },
             Self::NoNamespace(_) => "NoNamespace",
+            Self::Slow(_) => "ApiServerError",
+        }
+    }
+
+    /// Whether it may well be over in a moment: somebody else wrote or deleted at the same time, or the API server is
+    /// busy, away or broken. What stays is that it refuses what it is asked for.
+    pub fn is_passing(&self) -> bool {
+        let Self::Api { source, .. } = self else {
+            return matches!(self, Self::Slow(_));
+        };
+        let kube::Error::Api(status) = source.as_ref() else {
+            return true;
+        };
+        // The next look at the namespace tells that it is going away.
+        let terminating = status.details.iter().flat_map(|details| &details.causes);
+        status.code >= 500
+            || matches!(status.code, 404 | 409 | 429)
+            || terminating
+                .map(|cause| cause.reason.as_str())
+                .any(|reason| reason == "NamespaceTerminating")
+    }
+
+    /// How long the API server wants to be left alone.
+    pub fn after(&self) -> Option<Duration> {
+        let Self::Api { source, .. } = self else {
+            return None;
+        };
+        match source.as_ref() {
+            kube::Error::Api(status) => status
+                .details
+                .as_ref()
+                .map(|details| Duration::from_secs(details.retry_after_seconds.into()))
+                .filter(|after| !after.is_zero()),
+            kube::Error::Service(source) => match source.downcast_ref() {
+                Some(connection::Error::Busy { after }) => Some(*after),
+                _ => None,
+            },
+            _ => None,
         }
     }
 }
@@ -58,7 +113,23 @@ pub struct Context {
     pub recorder: Recorder,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// What is remembered of each resource, by its UID.
+    memories: Mutex<HashMap<String, Memory>>,
 }
+
+/// What is remembered of a resource from one reconciliation to the next. Nothing is lost with it but some calls.
+#[derive(Debug, Default)]
+struct Memory {
+    /// What was applied, and what the API server made of it, by kind and name.
+    applied: HashMap<String, String>,
+    /// Failures since the last success.
+    failures: u32,
+    /// Until then the API server wants to be left alone, whatever a watch tells.
+    rests: Option<Instant>,
+}
+
+/// Failures of the kind that passes that are only logged.
+const PASSED_OVER: u32 = 2;
 
 /// Makes an error of the API say which step it hit, and on what.
 pub fn at<K: Resource<DynamicType = ()>>(
@@ -75,6 +146,70 @@ pub fn at<K: Resource<DynamicType = ()>>(
 }
 
 impl Context {
+    /// What reconciling needs, by a client that reads and writes.
+    pub fn new(client: Client, instance: &str, metrics: Arc<Metrics>) -> Self {
+        let reporter = Reporter {
+            controller: "sock.dev/operator".into(),
+            instance: Some(instance.to_owned()),
+        };
+        Self {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            metrics,
+            memories: Mutex::default(),
+        }
+    }
+
+    fn memories(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
+        self.memories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember<T>(&self, uid: &str, act: impl FnOnce(&mut Memory) -> T) -> T {
+        act(self.memories().entry(uid.to_owned()).or_default())
+    }
+
+    /// Forgets a resource that is gone.
+    pub fn forget(&self, uid: &str) {
+        self.memories().remove(uid);
+    }
+
+    /// Forgets all resources but these.
+    pub fn retain(&self, is_there: impl Fn(&str) -> bool) {
+        self.memories().retain(|uid, _| is_there(uid));
+    }
+
+    /// Counts a failure and returns how many there have been in a row.
+    pub fn failed(&self, uid: &str) -> u32 {
+        self.remember(uid, |memory| {
+            memory.failures = memory.failures.saturating_add(1);
+            memory.failures
+        })
+    }
+
+    /// Leaves a resource alone for a while.
+    pub fn rest(&self, uid: &str, wait: Duration) {
+        self.remember(uid, |memory| memory.rests = Some(Instant::now() + wait));
+    }
+
+    /// How long a resource is still to be left alone.
+    pub fn rests(&self, uid: &str) -> Option<Duration> {
+        let until = self.remember(uid, |memory| memory.rests)?;
+        until
+            .checked_duration_since(Instant::now())
+            .filter(|it| !it.is_zero())
+    }
+
+    /// A resource was reconciled.
+    pub fn succeeded(&self, uid: &str) {
+        self.remember(uid, |memory| memory.failures = 0);
+    }
+
+    /// Whether a failure is to be said in the status: one that passes only when it does not pass.
+    pub fn tells_of<K: Resource>(&self, object: &K, error: &Error) -> bool {
+        let uid = object.uid().unwrap_or_default();
+        !error.is_passing() || self.remember(&uid, |memory| memory.failures >= PASSED_OVER)
+    }
+
     /// The objects of one kind in a namespace.
     pub fn api<K>(&self, namespace: &str) -> Api<K>
     where
@@ -127,7 +262,10 @@ impl Context {
     }
 
     /// Applies an object that belongs to `owner`, and refuses to take over one that does not.
-    pub async fn apply<K>(&self, owner: &str, object: &K) -> Result<K, Error>
+    ///
+    /// Returns what the API server made of it; nothing if it is there already as it was applied last, which is not
+    /// written again.
+    pub async fn apply<K>(&self, owner: &str, object: &K) -> Result<Option<K>, Error>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
@@ -136,23 +274,42 @@ impl Context {
             + Serialize,
     {
         let (name, namespace) = (object.name_any(), object.namespace().unwrap_or_default());
+        let key = format!("{} {name}", K::kind(&()));
         let api = self.api::<K>(&namespace);
         let there = api
             .get_metadata_opt(&name)
             .await
-            .map_err(at::<K>("get", &name))?;
-        if let Some(there) = there
-            && !is_child(&there.metadata, Some(owner))
-        {
-            return Err(Error::Taken {
-                kind: K::kind(&()).into_owned(),
-                name,
+            .map_err(at::<K>("get", &name))?
+            .map(|there| there.metadata);
+        let mut object = object.clone();
+        let mut parameters = PatchParams::apply(FIELD_MANAGER);
+        if let Some(there) = &there {
+            if !is_child(there, Some(owner)) {
+                return Err(Error::Taken {
+                    kind: K::kind(&()).into_owned(),
+                    name,
+                });
+            }
+            let same = self.remember(owner, |memory| {
+                memory.applied.get(&key) == Some(&digest(&object, there))
             });
+            if same {
+                return Ok(None);
+            }
+            // If it is replaced meanwhile, this is refused; and one that is made meanwhile by somebody else has
+            // fields that differ, which are not taken from him without force.
+            parameters = parameters.force();
         }
-        let parameters = PatchParams::apply(FIELD_MANAGER).force();
-        api.patch(&name, &parameters, &Patch::Apply(object))
+        let intent = object.clone();
+        object.meta_mut().uid = there.and_then(|there| there.uid);
+        let applied = api
+            .patch(&name, &parameters, &Patch::Apply(&object))
             .await
-            .map_err(at::<K>("apply", &name))
+            .map_err(at::<K>("apply", &name))?;
+        self.remember(owner, |memory| {
+            memory.applied.insert(key, digest(&intent, applied.meta()))
+        });
+        Ok(Some(applied))
     }
 
     /// Deletes the objects with a label that belong to `owner` and that nothing needs any more.
@@ -178,8 +335,20 @@ impl Context {
         {
             let name = object.metadata.name.clone().unwrap_or_default();
             if is_child(&object.metadata, Some(owner)) && !needed(&name) {
-                match api.delete(&name, &DeleteParams::default()).await {
-                    Err(kube::Error::Api(status)) if status.is_not_found() => {}
+                let parameters = DeleteParams {
+                    preconditions: Some(Preconditions {
+                        uid: object.metadata.uid.clone(),
+                        resource_version: None,
+                    }),
+                    ..DeleteParams::default()
+                };
+                self.remember(owner, |memory| {
+                    memory.applied.remove(&format!("{} {name}", K::kind(&())))
+                });
+                match api.delete(&name, &parameters).await {
+                    // Gone, or another by now.
+                    Err(kube::Error::Api(status))
+                        if status.is_not_found() || status.is_conflict() => {}
                     outcome => {
                         outcome.map_err(at::<K>("delete", &name))?;
                     }
@@ -189,8 +358,8 @@ impl Context {
         Ok(())
     }
 
-    /// Applies the status of a resource.
-    pub async fn apply_status<K, S>(&self, object: &K, status: &S) -> Result<(), Error>
+    /// Applies the status of a resource, as long as that is what it was when the status was decided on.
+    async fn apply_status<K, S>(&self, object: &K, status: &S) -> Result<(), Error>
     where
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
             + Clone
@@ -202,7 +371,9 @@ impl Context {
         let patch = json!({
             "apiVersion": K::api_version(&()),
             "kind": K::kind(&()),
-            "metadata": { "name": name, "uid": object.meta().uid },
+            "metadata": {
+                "name": name, "uid": object.meta().uid, "resourceVersion": object.meta().resource_version,
+            },
             "status": status,
         });
         let parameters = PatchParams::apply(FIELD_MANAGER).force();
@@ -219,8 +390,20 @@ impl Context {
         }
     }
 
+    /// Writes a status that is news, and publishes an event if its condition `Ready` is.
+    pub async fn report<K: Reconciled>(&self, object: &K, after: K::Status) -> Result<(), Error> {
+        let before = object.status().cloned().unwrap_or_default();
+        if after == before {
+            return Ok(());
+        }
+        self.apply_status(object, &after).await?;
+        self.tell(object, K::conditions(&before), K::conditions(&after))
+            .await;
+        Ok(())
+    }
+
     /// Publishes an event when the condition `Ready` has got another reason or message.
-    pub async fn tell<K>(&self, object: &K, before: &[Condition], after: &[Condition])
+    async fn tell<K>(&self, object: &K, before: &[Condition], after: &[Condition])
     where
         K: Resource<DynamicType = ()>,
     {
@@ -231,6 +414,24 @@ impl Context {
             tracing::warn!(%error, "publish an event");
         }
     }
+}
+
+/// What is applied to an object and what the API server says of it: its UID, and the fields that are ours. Whoever
+/// changes or removes one of them takes it from us.
+fn digest<K: Serialize>(intent: &K, there: &ObjectMeta) -> String {
+    let entries = there.managed_fields.iter().flatten();
+    let ours = entries.filter(|entry| {
+        entry.manager.as_deref() == Some(FIELD_MANAGER)
+            && entry.operation.as_deref() == Some("Apply")
+            && entry.subresource.is_none()
+    });
+    let fields: Vec<_> = ours.map(|entry| &entry.fields_v1).collect();
+    let uid = there.uid.as_deref().unwrap_or_default();
+    sha256(&[
+        json!(intent).to_string(),
+        json!(fields).to_string(),
+        uid.to_owned(),
+    ])
 }
 
 /// The event that a change of the condition `Ready` is worth.

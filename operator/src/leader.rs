@@ -1,28 +1,69 @@
 //! Leader election by a Lease: of several operators one reconciles.
 //!
-//! The holder renews the Lease; another takes it when it has not seen it change for as long as it lasts, by its own
-//! clock. The API server refuses an update of an older version, so that of two that try one gets it.
+//! The holder renews the Lease; another takes it when it has not seen it change for as long as it lasts. Both count by
+//! their own clocks, from what they saw or sent themselves: the times in the Lease are for people. The API server
+//! refuses an update of an older version, so that of two that try one gets it.
+//!
+//! A holder counts from before it sent the renewal, and others from after they have seen it, so the holder knows
+//! first that its time is over. From then on it writes nothing ([`Leadership`]).
 
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::{Api, PostParams};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 /// Name of the Lease.
 pub const LEASE: &str = "sock-operator";
 
 /// How long a Lease lasts that is not renewed.
-const LASTS: Duration = Duration::from_secs(15);
+pub const LASTS: Duration = Duration::from_secs(15);
 
 /// How often it is renewed, or looked at.
-const EVERY: Duration = Duration::from_secs(3);
+pub const EVERY: Duration = Duration::from_secs(3);
 
-/// A holder that could not renew for so long stops, well before another may begin.
-const STOPS: Duration = Duration::from_secs(10);
+/// A holder that could not renew for so long stops. The rest of [`LASTS`] is for its writes that are under way.
+pub const STOPS: Duration = Duration::from_secs(10);
+
+/// How soon it is tried again after a failure.
+const SOON: Duration = Duration::from_secs(1);
+
+/// How long a call about the Lease may take: two without an answer are no reason to stop.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Until when this process may act as the leader; clones are the same one.
+#[derive(Clone, Debug, Default)]
+pub struct Leadership(Arc<Mutex<Option<Instant>>>);
+
+impl Leadership {
+    /// Whether it may act now.
+    pub fn holds(&self) -> bool {
+        self.until().is_some_and(|until| Instant::now() < until)
+    }
+
+    fn until(&self) -> Option<Instant> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, until: Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+}
+
+/// What became of one attempt to get or to keep the Lease.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Outcome {
+    /// It is ours.
+    Ours,
+    /// Somebody else holds it.
+    Theirs,
+    /// Somebody else wrote it at the same time.
+    Raced,
+}
 
 /// What one look at the Lease says to do.
 #[derive(Debug, PartialEq)]
@@ -86,20 +127,24 @@ pub struct Candidate {
     leases: Api<Lease>,
     identity: String,
     seen: Option<Seen>,
+    leadership: Leadership,
 }
 
 impl Candidate {
-    /// A candidate for the Lease in this namespace; its identity is that of its pod.
-    pub fn new(client: Client, namespace: &str, identity: String) -> Self {
+    /// A candidate for the Lease in this namespace, whose identity nobody else has; it says in `leadership` how long
+    /// the Lease is surely its own.
+    pub fn new(client: Client, namespace: &str, identity: String, leadership: Leadership) -> Self {
         Self {
             leases: Api::namespaced(client, namespace),
             identity,
             seen: None,
+            leadership,
         }
     }
 
-    /// Tries once; whether the Lease is ours.
-    async fn attempt(&mut self) -> Result<bool, kube::Error> {
+    /// Tries once to get or to keep the Lease.
+    async fn attempt(&mut self) -> Result<Outcome, kube::Error> {
+        let begin = Instant::now();
         let lease = match self.leases.get_opt(LEASE).await? {
             Some(lease) => lease,
             None => Lease {
@@ -118,7 +163,7 @@ impl Candidate {
             Instant::now(),
             Timestamp::now(),
         ) else {
-            return Ok(false);
+            return Ok(Outcome::Theirs);
         };
         let exists = lease.metadata.resource_version.is_some();
         let lease = Lease {
@@ -132,10 +177,12 @@ impl Candidate {
             self.leases.create(&parameters, &lease).await
         };
         match written {
-            Ok(_) => Ok(true),
-            // Another was quicker.
+            Ok(_) => {
+                self.leadership.set(Some(begin + STOPS));
+                Ok(Outcome::Ours)
+            }
             Err(kube::Error::Api(status)) if status.is_conflict() || status.is_already_exists() => {
-                Ok(false)
+                Ok(Outcome::Raced)
             }
             Err(error) => Err(error),
         }
@@ -144,31 +191,45 @@ impl Candidate {
     /// Waits until the Lease is ours.
     pub async fn acquire(&mut self) {
         loop {
-            match self.attempt().await {
-                Ok(true) => return,
-                Ok(false) => {}
-                Err(error) => tracing::warn!(%error, "look at the Lease"),
+            match timeout(PATIENCE, self.attempt()).await {
+                Ok(Ok(Outcome::Ours)) => return,
+                Ok(Ok(Outcome::Theirs | Outcome::Raced)) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "look at the Lease"),
+                Err(_) => tracing::warn!("look at the Lease: no answer"),
             }
             sleep(EVERY).await;
         }
     }
 
-    /// Renews the Lease; returns when it is lost.
+    /// Renews the Lease; returns when it is lost, or when it could not be renewed for so long that it may be.
     pub async fn hold(&mut self) {
-        let mut renewed = Instant::now();
-        while renewed.elapsed() < STOPS {
-            sleep(EVERY).await;
-            match timeout(STOPS.saturating_sub(renewed.elapsed()), self.attempt()).await {
-                Ok(Ok(true)) => renewed = Instant::now(),
-                Ok(Ok(false)) => return,
-                Ok(Err(error)) => tracing::warn!(%error, "renew the Lease"),
-                Err(_) => return,
+        let mut wait = EVERY;
+        while let Some(until) = self.leadership.until().filter(|_| self.leadership.holds()) {
+            sleep_until(until.min(Instant::now() + wait)).await;
+            wait = SOON;
+            match timeout_at(until, timeout(PATIENCE, self.attempt())).await {
+                Ok(Ok(Ok(Outcome::Ours))) => wait = EVERY,
+                Ok(Ok(Ok(Outcome::Raced))) => {}
+                Ok(Ok(Ok(Outcome::Theirs))) => break,
+                Ok(Ok(Err(error))) => tracing::warn!(%error, "renew the Lease"),
+                Ok(Err(_)) => tracing::warn!("renew the Lease: no answer"),
+                Err(_) => break,
             }
         }
+        self.leadership.set(None);
     }
 
-    /// Gives the Lease up, so that another need not wait.
+    /// Gives the Lease up, so that another need not wait; does nothing if it is not ours.
+    ///
+    /// # Errors
+    ///
+    /// If the API server refuses. One that does not answer is not waited for: the Lease expires.
     pub async fn release(&mut self) -> Result<(), kube::Error> {
+        self.leadership.set(None);
+        timeout(PATIENCE, self.give_up()).await.unwrap_or(Ok(()))
+    }
+
+    async fn give_up(&self) -> Result<(), kube::Error> {
         let Some(mut lease) = self.leases.get_opt(LEASE).await? else {
             return Ok(());
         };

@@ -2,17 +2,19 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod api_server;
 mod cluster;
 mod condition;
+mod connection;
 mod contract;
+mod controller;
 mod function;
 mod leader;
 mod metrics;
 mod package_set;
 mod pods;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod script;
 mod serve;
 
 use std::net::{Ipv6Addr, SocketAddr};
@@ -21,12 +23,11 @@ use std::sync::Arc;
 
 use futures::FutureExt as _;
 use kube::Client;
-use kube::runtime::events::{Recorder, Reporter};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::cluster::Context;
-use crate::leader::Candidate;
+use crate::leader::{Candidate, Leadership};
 use crate::metrics::Metrics;
 
 /// How the operator came to its end.
@@ -90,43 +91,65 @@ async fn operate() -> Result<(), Error> {
         Err(error) => Error::Serve(address, error),
     });
 
-    let client = Client::try_default().await.map_err(Box::new)?;
+    let client = connection::connect().await.map_err(Box::new)?;
     let namespace = std::env::var("POD_NAMESPACE").unwrap_or_else(|_| "sock-system".into());
-    let identity =
-        std::env::var("POD_NAME").unwrap_or_else(|_| format!("process-{}", std::process::id()));
-    let mut candidate = Candidate::new(client.clone(), &namespace, identity.clone());
+    tokio::select! {
+        error = serving => Err(error),
+        outcome = lead(client, &namespace, identity(), metrics, stop) => outcome,
+    }
+}
 
+/// Who this process is, and no other: its pod, or something random where it does not run in one.
+fn identity() -> String {
+    std::env::var("POD_NAME").unwrap_or_else(|_| {
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), ());
+        format!("process-{}-{random:016x}", std::process::id())
+    })
+}
+
+/// Waits for the Lease, reconciles as long as it holds, and gives it up when it is told to stop.
+async fn lead(
+    client: Client,
+    namespace: &str,
+    identity: String,
+    metrics: Arc<Metrics>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    let leadership = Leadership::default();
+    let mut candidate = Candidate::new(
+        client.clone(),
+        namespace,
+        identity.clone(),
+        leadership.clone(),
+    );
     let leading = async {
         candidate.acquire().await;
         metrics.leads(true);
         tracing::info!(identity, "leading");
-        let context = Arc::new(Context {
-            client: client.clone(),
-            recorder: Recorder::new(
-                client.clone(),
-                Reporter {
-                    controller: "sock.dev/operator".into(),
-                    instance: Some(identity.clone()),
-                },
-            ),
-            metrics: Arc::clone(&metrics),
-        });
-        let functions = function::run(client.clone(), Arc::clone(&context));
-        let package_sets = package_set::run(client.clone(), context);
+        let client = connection::guarded(client, leadership);
+        let context = Arc::new(Context::new(client, &identity, Arc::clone(&metrics)));
+        // The Lease comes first: after a pause of the process it is looked at before anything is written.
         tokio::select! {
+            biased;
             () = candidate.hold() => Error::LeaseLost,
-            () = functions => Error::ControllersEnded,
-            () = package_sets => Error::ControllersEnded,
+            () = function::run(Arc::clone(&context)) => Error::ControllersEnded,
+            () = package_set::run(context) => Error::ControllersEnded,
         }
     };
-
     tokio::select! {
         () = stop => {}
-        error = serving => return Err(error),
-        error = leading => return Err(error),
+        error = leading => {
+            metrics.leads(false);
+            return Err(error);
+        }
     }
+    metrics.leads(false);
     if let Err(error) = candidate.release().await {
         tracing::warn!(%error, "give up the Lease");
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -11,7 +11,7 @@ use crate::cluster::{Context, Error};
 use crate::contract::FUNCTION_LABEL;
 use crate::pods::mounted;
 
-/// Applies it all and returns the Deployment as the API server has it now.
+/// Applies it all and returns the Deployment, if that is another now.
 ///
 /// A Deployment that is there is never deleted for want of anything: its pods go on as they are.
 pub async fn apply(
@@ -39,5 +39,5 @@ pub async fn apply(
             needed.contains(name)
         })
         .await?;
-    Ok(Some(deployment))
+    Ok(deployment)
 }

@@ -9,129 +9,62 @@ mod validate;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
-use kube::api::{Api, PartialObjectMeta};
-use kube::runtime::controller::Action;
-use kube::runtime::reflector::ObjectRef;
-use kube::runtime::{Controller, watcher};
-use kube::{Client, ResourceExt as _};
-use sock_crds::{Function, PackageSet};
+use k8s_openapi::jiff::Timestamp;
+use sock_crds::{Condition, Function, FunctionStatus, PackageSet};
 
 use crate::cluster::{Context, Error};
 use crate::contract::FUNCTION_LABEL;
+use crate::controller::{Meta, Reconciled, Watches};
 
-/// A look at what no watch tells of.
-const AGAIN: Duration = Duration::from_secs(600);
-
-/// Runs the controller; it ends only if all of its watches end.
-pub async fn run(client: Client, context: Arc<Context>) {
-    let ours = || watcher::Config::default().labels(FUNCTION_LABEL);
-    let controller = Controller::new(
-        Api::<Function>::all(client.clone()),
-        watcher::Config::default(),
-    );
-    let (by_set, by_source) = (controller.store(), controller.store());
-    controller
-        .owns(Api::<Deployment>::all(client.clone()), ours())
-        .owns(
-            Api::<PartialObjectMeta<Service>>::all(client.clone()),
-            ours(),
-        )
-        .watches(
-            Api::<PartialObjectMeta<Pod>>::all(client.clone()),
-            ours(),
-            |pod| {
-                let name = pod.labels().get(FUNCTION_LABEL).cloned()?;
-                Some(ObjectRef::new(&name).within(&pod.namespace()?))
-            },
-        )
-        .watches(
-            Api::<PackageSet>::all(client.clone()),
-            watcher::Config::default(),
-            move |set| {
-                let (namespace, name) = (set.namespace(), set.name_any());
-                let uses = |function: &Arc<Function>| {
-                    function.namespace() == namespace && function.spec.package_set == name
-                };
-                by_set
-                    .state()
-                    .iter()
-                    .filter(|one| uses(one))
-                    .map(|one| ObjectRef::from_obj(&**one))
-                    .collect::<Vec<_>>()
-            },
-        )
-        .watches(
-            Api::<PartialObjectMeta<ConfigMap>>::all(client),
-            watcher::Config::default(),
-            move |config_map| {
-                let (namespace, name) = (config_map.namespace(), config_map.name_any());
-                let uses = |function: &Arc<Function>| {
-                    function.namespace() == namespace
-                        && function
-                            .spec
-                            .source
-                            .config_map
-                            .as_ref()
-                            .is_some_and(|source| source.name == name)
-                };
-                by_source
-                    .state()
-                    .iter()
-                    .filter(|one| uses(one))
-                    .map(|one| ObjectRef::from_obj(&**one))
-                    .collect::<Vec<_>>()
-            },
-        )
-        .run(reconcile, retry, context)
-        .for_each(|outcome| async move {
-            if let Err(error) = outcome {
-                tracing::debug!(%error, "functions");
-            }
+/// Runs the controller until it is dropped.
+pub async fn run(context: Arc<Context>) {
+    Watches::<Function>::new(context)
+        .owns::<Meta<Deployment>>()
+        .owns::<Meta<Service>>()
+        .owns::<Meta<Pod>>()
+        .names::<PackageSet>(|function, name| function.spec.package_set == name)
+        .names::<Meta<ConfigMap>>(|function, name| {
+            let source = &function.spec.source.config_map;
+            source.as_ref().is_some_and(|source| source.name == name)
         })
+        .run()
         .await;
 }
 
-fn retry(function: Arc<Function>, error: &Error, _: Arc<Context>) -> Action {
-    tracing::warn!(function = %function.name_any(), namespace = function.namespace(), "{error}");
-    Action::requeue(Duration::from_secs(15))
-}
+impl Reconciled for Function {
+    const LABEL: &'static str = FUNCTION_LABEL;
+    const AGAIN: Duration = Duration::from_secs(600);
 
-async fn reconcile(function: Arc<Function>, context: Arc<Context>) -> Result<Action, Error> {
-    let measure = context.metrics.reconciling("Function");
-    let outcome = steps(&function, &context).await;
-    measure.done(outcome.is_ok());
-    outcome
-}
-
-/// Fetches what is referenced, checks it, builds and applies what belongs to it, and reports.
-async fn steps(function: &Function, context: &Context) -> Result<Action, Error> {
-    if function.metadata.deletion_timestamp.is_some() {
-        return Ok(Action::await_change());
+    fn conditions(status: &FunctionStatus) -> &Vec<Condition> {
+        &status.conditions
     }
-    let Some(found) = dereference::dereference(function, context).await? else {
-        return Ok(Action::await_change());
-    };
-    let verdict = validate::validate(function, &found);
-    let children = build::build(function, &found.tenant, &verdict);
-    let applied = apply::apply(function, &children, &found, context).await;
-    let (deployment, failed) = match applied {
-        Ok(deployment) => (deployment.or(found.deployment), None),
-        Err(error) => (found.deployment, Some(error)),
-    };
-    let observed = update_status::Observed {
-        deployment,
-        pods: found.pods,
-        failed: failed.as_ref(),
-    };
-    update_status::update_status(function, &verdict, &observed, context).await?;
-    match failed {
-        // Somebody else's object: nothing tells when it goes.
-        Some(Error::Taken { .. }) => Ok(Action::requeue(Duration::from_secs(30))),
-        Some(error) => Err(error),
-        None => Ok(Action::requeue(AGAIN)),
+
+    fn conditions_mut(status: &mut FunctionStatus) -> &mut Vec<Condition> {
+        &mut status.conditions
+    }
+
+    /// Fetches what is referenced, checks it, builds and applies what belongs to it, and reports.
+    async fn steps(&self, context: &Context) -> Result<Option<Error>, Error> {
+        let Some(found) = dereference::dereference(self, context).await? else {
+            return Ok(None);
+        };
+        let verdict = validate::validate(self, &found);
+        let children = build::build(self, &found.tenant, &verdict);
+        let (deployment, failed) = match apply::apply(self, &children, &found, context).await {
+            Ok(deployment) => (deployment.or(found.deployment), None),
+            Err(error) if context.tells_of(self, &error) => (found.deployment, Some(error)),
+            Err(error) => return Err(error),
+        };
+        let observed = update_status::Observed {
+            deployment,
+            pods: found.pods,
+            failed: failed.as_ref(),
+        };
+        let status = update_status::status(self, &verdict, &observed, Timestamp::now());
+        context.report(self, status).await?;
+        Ok(failed)
     }
 }
 

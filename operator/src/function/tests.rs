@@ -1,127 +1,59 @@
-//! Reconciling a Function against an API server that states the calls it expects.
+//! Reconciling a Function once, against an API server in memory.
 
-use http::Method;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::Api;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::contract::{Version, sha256};
-use crate::script::{
-    Call, applied, apply, delete, event, get, list, missing, refused, report, server,
-};
-
-const NAMESPACE: &str = "/api/v1/namespaces/shop";
-const SET: &str = "/apis/sock.dev/v1alpha1/namespaces/shop/packagesets/plain";
-const STATUS: &str = "/apis/sock.dev/v1alpha1/namespaces/shop/functions/hello/status";
-const DEPLOYMENT: &str = "/apis/apps/v1/namespaces/shop/deployments/hello";
-const SERVICE: &str = "/api/v1/namespaces/shop/services/hello";
-const PODS: &str = "/api/v1/namespaces/shop/pods";
-const CONFIG_MAPS: &str = "/api/v1/namespaces/shop/configmaps";
-const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/shop/events";
-const CODE: &str = "def handler(event, context):\n    return 'hello'\n";
-
-fn namespace() -> Call {
-    get(
-        NAMESPACE,
-        json!({ "metadata": { "name": "shop", "uid": "6f0b1f2e-0000-4000-8000-000000000001" } }),
-    )
-}
+use crate::api_server::{NAMESPACE, Server};
+use crate::tests::{CODE, code_name, condition, context, ready_set, version};
 
 fn function(source: Value) -> Function {
-    serde_json::from_value(json!({
-        "apiVersion": "sock.dev/v1alpha1", "kind": "Function",
-        "metadata": { "name": "hello", "namespace": "shop", "uid": "f-1", "generation": 3 },
-        "spec": { "packageSet": "plain", "handler": "app.handler", "source": source },
-    }))
-    .unwrap()
+    let mut function = crate::tests::function("hello");
+    function["spec"]["source"] = source;
+    serde_json::from_value(function).unwrap()
 }
 
 fn inline() -> Function {
     function(json!({ "inline": CODE }))
 }
 
-fn version() -> Version {
-    Version::new("python:3.11", "", &["json".to_owned()], "")
+/// A server with the PackageSet and the Function of the other tests.
+fn server() -> Server {
+    let server = Server::new();
+    server.put(ready_set("True"));
+    server.put(crate::tests::function("hello"));
+    server
 }
 
-fn set(ready: &str) -> Value {
-    let version = version();
-    json!({
-        "apiVersion": "sock.dev/v1alpha1", "kind": "PackageSet",
-        "metadata": { "name": "plain", "namespace": "shop" },
-        "spec": { "image": "python:3.11", "nodeSelector": { "disk": "ssd" }, "tolerations": [{ "key": "gpu" }] },
-        "status": {
-            "digest": version.digest, "readyDigest": version.digest, "readyLock": version.lock,
-            "readyImage": version.image,
-            "conditions": [{ "type": "Ready", "status": ready, "reason": "x", "message": "warm on 2 nodes",
-                             "lastTransitionTime": "2024-01-01T00:00:00Z" }],
-        },
-    })
-}
-
-fn ours(kind: &str, name: &str) -> Value {
-    json!({ "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {
-        "name": name, "namespace": "shop",
-        "ownerReferences": [{ "apiVersion": "sock.dev/v1alpha1", "kind": "Function", "name": "hello", "uid": "f-1", "controller": true }],
-        "labels": { "kind": kind },
-    } })
-}
-
-fn condition<'a>(status: &'a Value, type_: &str) -> (&'a str, &'a str, &'a str) {
-    let found = status["status"]["conditions"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|one| one["type"] == type_)
-        .unwrap();
-    (
-        found["status"].as_str().unwrap(),
-        found["reason"].as_str().unwrap(),
-        found["message"].as_str().unwrap(),
-    )
-}
-
-fn code_name() -> String {
-    format!("hello-code-{}", &sha256(&["app.py", CODE])[..10])
-}
-
-fn path(text: String) -> &'static str {
-    text.leak()
+/// Reconciles once and returns the Function as it is then.
+async fn reconciled(server: &Server) -> Value {
+    let functions: Api<Function> = Api::namespaced(server.client("test"), NAMESPACE);
+    let function = functions.get("hello").await.unwrap();
+    function.steps(&context(server)).await.unwrap();
+    server.get("functions", "hello").unwrap()
 }
 
 #[tokio::test]
 async fn what_belongs_to_a_function_is_applied() {
-    let code = path(format!("{CONFIG_MAPS}/{}", code_name()));
-    let (context, calls) = server(vec![
-        namespace(),
-        get(SET, set("True")),
-        missing(DEPLOYMENT),
-        list(PODS, &[]),
-        missing(SERVICE),
-        apply(SERVICE),
-        missing(code),
-        apply(code),
-        missing(DEPLOYMENT),
-        applied(
-            DEPLOYMENT,
-            json!({ "observedGeneration": 1, "replicas": 1 }),
-        ),
-        list(
-            CONFIG_MAPS,
-            &[
-                ours("ConfigMap", &code_name()),
-                ours("ConfigMap", "hello-code-old"),
-            ],
-        ),
-        delete("/api/v1/namespaces/shop/configmaps/hello-code-old?"),
-        report(STATUS, &inline()),
-        event(EVENTS),
-    ]);
-    steps(&inline(), &context).await.unwrap();
-    drop(context);
-    let sent = calls.await.unwrap();
+    let server = server();
+    server.put(json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": { "name": "hello-code-old", "labels": { "sock.dev/function": "hello" }, "ownerReferences": [{
+            "apiVersion": "sock.dev/v1alpha1", "kind": "Function", "name": "hello", "uid": "f-hello", "controller": true,
+        }] },
+    }));
+    server.put(json!({
+        "apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": { "name": "theirs", "labels": { "sock.dev/function": "hello" } },
+    }));
+    let function = reconciled(&server).await;
 
-    let deployment = &sent[2];
-    assert_eq!(deployment["metadata"]["ownerReferences"][0]["uid"], "f-1");
+    let deployment = server.get("deployments", "hello").unwrap();
+    assert_eq!(
+        deployment["metadata"]["ownerReferences"][0]["uid"],
+        "f-hello"
+    );
     assert_eq!(deployment["spec"]["replicas"], 1);
     let template = &deployment["spec"]["template"];
     assert_eq!(
@@ -164,159 +96,91 @@ async fn what_belongs_to_a_function_is_applied() {
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "volumeMounts": [{ "name": "code", "mountPath": "/srv/function", "readOnly": true }],
             }],
-            "volumes": [{ "name": "code", "configMap": { "name": code_name() } }],
+            "volumes": [{ "name": "code", "configMap": { "name": code_name("hello") } }],
         })
     );
-    assert_eq!(sent[1]["data"], json!({ "app.py": CODE }));
-    assert_eq!(sent[1]["immutable"], true);
+    let code = server.get("configmaps", &code_name("hello")).unwrap();
+    assert_eq!(code["data"], json!({ "app.py": CODE }));
+    assert_eq!(code["immutable"], true);
+    assert_eq!(server.get("configmaps", "hello-code-old"), None);
+    assert!(server.get("configmaps", "theirs").is_some());
 
-    let status = &sent[4];
-    assert_eq!(status["metadata"]["uid"], "f-1");
+    let status = &function["status"];
+    assert_eq!(status["url"], "http://hello.shop.svc.cluster.local");
+    assert_eq!(status["selector"], "sock.dev/function=hello");
+    assert_eq!(status["observedGeneration"], 1);
+    assert_eq!(condition(&function, "PackageSetReady").0, "True");
+    let (holds, reason, message) = condition(&function, "Ready");
     assert_eq!(
-        status["status"]["url"],
-        "http://hello.shop.svc.cluster.local"
-    );
-    assert_eq!(status["status"]["selector"], "sock.dev/function=hello");
-    assert_eq!(status["status"]["observedGeneration"], 3);
-    assert_eq!(condition(status, "PackageSetReady").0, "True");
-    assert_eq!(
-        condition(status, "Ready"),
+        (holds.as_str(), reason.as_str(), message.as_str()),
         ("False", "WaitingForPods", "0 of 1 pods serve")
     );
-    assert_eq!(sent[5]["reason"], "WaitingForPods");
+    assert_eq!(
+        crate::tests::events(&server, "hello")[0].0,
+        "WaitingForPods"
+    );
 }
 
 #[tokio::test]
 async fn a_missing_package_set_is_said_and_nothing_is_started() {
-    let code = path(format!("{CONFIG_MAPS}/{}", code_name()));
-    let (context, calls) = server(vec![
-        namespace(),
-        missing(SET),
-        missing(DEPLOYMENT),
-        list(PODS, &[]),
-        get(SERVICE, ours("Service", "hello")),
-        apply(SERVICE),
-        get(code, ours("ConfigMap", &code_name())),
-        apply(code),
-        report(STATUS, &inline()),
-        event(EVENTS),
-    ]);
-    steps(&inline(), &context).await.unwrap();
-    drop(context);
-    let sent = calls.await.unwrap();
-    let (holds, reason, message) = condition(&sent[2], "Ready");
-    assert_eq!((holds, reason), ("False", "PackageSetMissing"));
+    let server = server();
+    server.remove("packagesets", "plain");
+    let (holds, reason, message) = condition(&reconciled(&server).await, "Ready");
+    assert_eq!(
+        (holds.as_str(), reason.as_str()),
+        ("False", "PackageSetMissing")
+    );
     assert!(
         message.contains("plain") && message.contains("create it"),
         "{message}"
     );
+    assert_eq!(server.get("deployments", "hello"), None);
 }
 
 #[tokio::test]
 async fn a_deployment_outlives_its_package_set() {
-    let code = path(format!("{CONFIG_MAPS}/{}", code_name()));
-    let (function, verdict) = (inline(), {
-        let found = dereference::Found {
-            package_set: Some(serde_json::from_value(set("True")).unwrap()),
-            ..dereference::Found::default()
-        };
-        validate::validate(&inline(), &found)
-    });
-    let deployment = build::build(&function, "t", &verdict).deployment.unwrap();
-    let mut deployment = serde_json::to_value(&deployment).unwrap();
-    deployment["metadata"]["generation"] = json!(1);
-    deployment["status"] =
-        json!({ "observedGeneration": 1, "replicas": 1, "readyReplicas": 1, "updatedReplicas": 1 });
-
-    let (context, calls) = server(vec![
-        namespace(),
-        missing(SET),
-        get(DEPLOYMENT, deployment.clone()),
-        list(PODS, &[]),
-        get(SERVICE, ours("Service", "hello")),
-        apply(SERVICE),
-        get(code, ours("ConfigMap", &code_name())),
-        apply(code),
-        get(DEPLOYMENT, ours("Deployment", "hello")),
-        applied(DEPLOYMENT, deployment["status"].clone()),
-        list(CONFIG_MAPS, &[ours("ConfigMap", &code_name())]),
-        report(STATUS, &inline()),
-        event(EVENTS),
-    ]);
-    steps(&function, &context).await.unwrap();
-    drop(context);
-    let sent = calls.await.unwrap();
-    let annotations = &sent[2]["spec"]["template"]["metadata"]["annotations"];
-    assert_eq!(annotations["sock.dev/digest"], version().digest);
+    let server = server();
+    reconciled(&server).await;
+    crate::tests::roll_out(&server, "hello");
+    server.remove("packagesets", "plain");
+    let function = reconciled(&server).await;
+    let template = server.get("deployments", "hello").unwrap()["spec"]["template"].clone();
     assert_eq!(
-        sent[2]["spec"]["template"]["spec"]["nodeSelector"],
-        json!({ "disk": "ssd" })
+        template["metadata"]["annotations"]["sock.dev/digest"],
+        version().digest
     );
+    assert_eq!(template["spec"]["nodeSelector"], json!({ "disk": "ssd" }));
     assert_eq!(
-        condition(&sent[3], "PackageSetReady").1,
+        condition(&function, "PackageSetReady").1,
         "PackageSetMissing"
     );
-    assert_eq!(condition(&sent[3], "Ready").1, "Serving");
+    assert_eq!(condition(&function, "Ready").1, "Serving");
 }
 
 #[tokio::test]
 async fn a_service_of_somebody_else_is_left_alone() {
-    let (context, calls) = server(vec![
-        namespace(),
-        get(SET, set("True")),
-        missing(DEPLOYMENT),
-        list(PODS, &[]),
-        get(
-            SERVICE,
-            json!({ "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": { "name": "hello" } }),
-        ),
-        report(STATUS, &inline()),
-        event(EVENTS),
-    ]);
-    steps(&inline(), &context).await.unwrap();
-    drop(context);
-    let sent = calls.await.unwrap();
+    let server = server();
+    server.put(json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "hello" } }));
+    let (holds, reason, message) = condition(&reconciled(&server).await, "Ready");
     assert_eq!(
-        condition(&sent[0], "Ready"),
+        (holds.as_str(), reason.as_str(), message.as_str()),
         (
             "False",
             "NameTaken",
             "Service hello exists and does not belong to this resource: delete it, or choose another name"
         )
     );
-}
-
-#[tokio::test]
-async fn a_conflict_is_reported_and_tried_again() {
-    let (context, calls) = server(vec![
-        namespace(),
-        get(SET, set("True")),
-        missing(DEPLOYMENT),
-        list(PODS, &[]),
-        missing(SERVICE),
-        refused(Method::PATCH, SERVICE, 409, "Conflict"),
-        report(STATUS, &inline()),
-        event(EVENTS),
-    ]);
-    let error = steps(&inline(), &context).await.unwrap_err();
-    drop(context);
-    assert!(
-        error.to_string().starts_with("apply Service hello"),
-        "{error}"
-    );
-    let sent = calls.await.unwrap();
-    assert_eq!(condition(&sent[1], "Ready").1, "ApiServerError");
+    assert_eq!(server.get("services", "hello").unwrap().get("spec"), None);
 }
 
 #[tokio::test]
 async fn a_namespace_that_goes_away_is_left_alone() {
-    let (context, calls) = server(vec![get(
-        NAMESPACE,
-        json!({ "metadata": { "name": "shop", "uid": "n", "deletionTimestamp": "2024-01-01T00:00:00Z" } }),
-    )]);
-    steps(&inline(), &context).await.unwrap();
-    drop(context);
-    calls.await.unwrap();
+    let server = server();
+    server.edit("namespaces", NAMESPACE, |it| {
+        it["metadata"]["deletionTimestamp"] = json!("2024-01-01T00:00:00Z");
+    });
+    reconciled(&server).await;
+    assert_eq!(server.writes(), [""; 0]);
 }
 
 fn judged(
@@ -361,7 +225,7 @@ fn a_config_map_must_have_the_handlers_module() {
 fn a_changed_file_changes_the_pods_and_a_changed_label_does_not() {
     let function = function(json!({ "configMap": { "name": "code" } }));
     let template = |config_map: Value| {
-        let verdict = judged(&function, Some(config_map), Some(set("True")));
+        let verdict = judged(&function, Some(config_map), Some(ready_set("True")));
         build::build(&function, "t", &verdict)
             .deployment
             .unwrap()
@@ -388,7 +252,7 @@ fn a_changed_file_changes_the_pods_and_a_changed_label_does_not() {
 
 #[test]
 fn the_former_version_serves_while_a_new_one_is_made() {
-    let mut set = set("False");
+    let mut set = ready_set("False");
     set["spec"]["image"] = json!("python:3.12");
     set["status"]["digest"] = json!("new");
     let verdict = judged(&inline(), None, Some(set));
@@ -402,7 +266,7 @@ fn the_former_version_serves_while_a_new_one_is_made() {
 #[test]
 fn an_import_that_fails_is_what_the_conditions_say() {
     let function = inline();
-    let verdict = judged(&function, None, Some(set("True")));
+    let verdict = judged(&function, None, Some(ready_set("True")));
     let deployment = build::build(&function, "t", &verdict).deployment.unwrap();
     let template = deployment.spec.as_ref().unwrap().template.clone();
     let pod = serde_json::from_value(json!({
@@ -420,12 +284,7 @@ fn an_import_that_fails_is_what_the_conditions_say() {
         pods: vec![pod],
         failed: None,
     };
-    let status = update_status::status(
-        &function,
-        &verdict,
-        &observed,
-        k8s_openapi::jiff::Timestamp::now(),
-    );
+    let status = update_status::status(&function, &verdict, &observed, Timestamp::now());
     for (type_, reason) in [("Ready", "StartFailed"), ("HandlerImported", "StartFailed")] {
         let condition = crate::condition::find(&status.conditions, type_).unwrap();
         assert_eq!(condition.reason, reason);

@@ -1,4 +1,4 @@
-//! Decides what a Function's status says, and writes it if that is news.
+//! Decides what a Function's status says.
 
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
@@ -7,7 +7,7 @@ use kube::ResourceExt as _;
 use sock_crds::{Function, FunctionStatus, NodeFailure};
 
 use super::validate::Verdict;
-use crate::cluster::{Context, Error};
+use crate::cluster::Error;
 use crate::condition::{Finding, conditions};
 use crate::contract::{FUNCTION_LABEL, annotation};
 use crate::pods::failures;
@@ -22,25 +22,8 @@ pub struct Observed<'a> {
     pub failed: Option<&'a Error>,
 }
 
-/// Writes the status.
-pub async fn update_status(
-    function: &Function,
-    verdict: &Verdict,
-    observed: &Observed<'_>,
-    context: &Context,
-) -> Result<(), Error> {
-    let before = function.status.clone().unwrap_or_default();
-    let after = status(function, verdict, observed, Timestamp::now());
-    if after != before {
-        context.apply_status(function, &after).await?;
-        context
-            .tell(function, &before.conditions, &after.conditions)
-            .await;
-    }
-    Ok(())
-}
-
-pub(super) fn status(
+/// The status that a Function is to have.
+pub fn status(
     function: &Function,
     verdict: &Verdict,
     observed: &Observed<'_>,
@@ -157,6 +140,13 @@ fn handler(rollout: &Rollout, failures: &[NodeFailure], handler: &str) -> Findin
     }
 }
 
+/// Why the API server refuses the Deployment's pods, in its own words: a quota, a range, a policy.
+fn refusal(deployment: &Deployment) -> Option<String> {
+    let conditions = deployment.status.as_ref()?.conditions.iter().flatten();
+    let mut failed = conditions.filter(|it| it.type_ == "ReplicaFailure" && it.status == "True");
+    failed.next()?.message.clone()
+}
+
 fn ready(
     rollout: &Rollout,
     verdict: &Verdict,
@@ -191,6 +181,9 @@ fn ready(
     }
     if let Some(failure) = failures.first() {
         return Finding::no(TYPE, "StartFailed", failure.message.clone());
+    }
+    if let Some(refusal) = observed.deployment.as_ref().and_then(refusal) {
+        return Finding::no(TYPE, "PodsRefused", refusal);
     }
     let message = if ready < wanted {
         format!("{ready} of {wanted} pods serve")

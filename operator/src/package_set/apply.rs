@@ -11,13 +11,13 @@ use crate::cluster::{Context, Error};
 use crate::contract::POOL_LABEL;
 use crate::pods::mounted;
 
-/// Applies it all and returns the DaemonSet as the API server has it now.
+/// Applies it all and returns the DaemonSet, if that is another now.
 pub async fn apply(
     set: &PackageSet,
     children: &Children,
     found: &Found,
     context: &Context,
-) -> Result<DaemonSet, Error> {
+) -> Result<Option<DaemonSet>, Error> {
     let owner = set.uid().unwrap_or_default();
     context.apply(&owner, &children.requirements).await?;
     let pool = context.apply(&owner, &children.pool).await?;

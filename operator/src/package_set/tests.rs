@@ -1,79 +1,53 @@
-//! Reconciling a PackageSet against an API server that states the calls it expects.
+//! Reconciling a PackageSet once, against an API server in memory.
 
+use kube::api::Api;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::contract::{Version, sha256};
-use crate::script::{Call, applied, apply, event, get, list, missing, report, server};
+use crate::api_server::{NAMESPACE, Server};
+use crate::contract::Version;
+use crate::tests::{LINE, condition, context, requirements_name};
 
-const NAMESPACE: &str = "/api/v1/namespaces/shop";
-const STATUS: &str = "/apis/sock.dev/v1alpha1/namespaces/shop/packagesets/science/status";
-const POOL: &str = "/apis/apps/v1/namespaces/shop/daemonsets/science";
-const PODS: &str = "/api/v1/namespaces/shop/pods";
-const CONFIG_MAPS: &str = "/api/v1/namespaces/shop/configmaps";
-const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/shop/events";
-const LINE: &str =
-    "six==1.17.0 --hash=sha256:4721f391ed90541fddacab5acf947aa0d3dc7d27b2e1e8eda2be8970586c3274";
-
-fn namespace() -> Call {
-    get(
-        NAMESPACE,
-        json!({ "metadata": { "name": "shop", "uid": "6f0b1f2e-0000-4000-8000-000000000001" } }),
-    )
+/// A server with the PackageSet of the other tests.
+fn server() -> Server {
+    let server = Server::new();
+    server.put(crate::tests::set(&json!({ "lines": [LINE] })));
+    server
 }
 
-fn set(requirements: Value) -> PackageSet {
-    serde_json::from_value(json!({
-        "apiVersion": "sock.dev/v1alpha1", "kind": "PackageSet",
-        "metadata": { "name": "science", "namespace": "shop", "uid": "p-1", "generation": 2 },
-        "spec": {
-            "image": "python:3.11", "requirements": requirements, "imports": ["six"],
-            "index": { "url": "http://wheels/simple" },
-            "resources": { "requests": { "cpu": 1 }, "limits": { "memory": "1Gi" } },
-        },
-    }))
-    .unwrap()
+fn wanted() -> Version {
+    Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "")
 }
 
-fn condition<'a>(status: &'a Value, type_: &str) -> (&'a str, &'a str, &'a str) {
-    let found = status["status"]["conditions"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|one| one["type"] == type_)
-        .unwrap();
-    (
-        found["status"].as_str().unwrap(),
-        found["reason"].as_str().unwrap(),
-        found["message"].as_str().unwrap(),
-    )
+/// Reconciles once and returns the PackageSet as it is then.
+async fn reconciled(server: &Server) -> Value {
+    let sets: Api<PackageSet> = Api::namespaced(server.client("test"), NAMESPACE);
+    let set = sets.get("science").await.unwrap();
+    set.steps(&context(server)).await.unwrap();
+    server.get("packagesets", "science").unwrap()
+}
+
+/// What the DaemonSet's controller says of so many nodes.
+fn schedule(server: &Server, nodes: i32) {
+    server.edit("daemonsets", "science", |pool| {
+        pool["status"] = json!({
+            "desiredNumberScheduled": nodes, "currentNumberScheduled": nodes, "numberMisscheduled": 0,
+            "numberReady": 0, "observedGeneration": pool["metadata"]["generation"],
+        });
+    });
 }
 
 #[tokio::test]
 async fn what_belongs_to_a_package_set_is_applied() {
-    let requirements = format!("{LINE}\n");
-    let name = format!("science-requirements-{}", &sha256(&[&requirements])[..10]);
-    let config_map: &'static str = format!("{CONFIG_MAPS}/{name}").leak();
-    let set = &set(json!({ "lines": [LINE] }));
-    let (context, calls) = server(vec![
-        namespace(),
-        missing(POOL),
-        list(PODS, &[]),
-        missing(config_map),
-        apply(config_map),
-        missing(POOL),
-        apply(POOL),
-        list(CONFIG_MAPS, &[]),
-        report(STATUS, set),
-        event(EVENTS),
-    ]);
-    steps(set, &context).await.unwrap();
-    drop(context);
-    let sent = calls.await.unwrap();
-
-    assert_eq!(sent[0]["data"], json!({ "requirements.txt": requirements }));
-    let version = Version::new("python:3.11", &requirements, &["six".to_owned()], "");
-    let pool = &sent[1]["spec"];
+    let server = server();
+    let set = reconciled(&server).await;
+    let (name, version) = (requirements_name(), wanted());
+    let requirements = server.get("configmaps", &name).unwrap();
+    assert_eq!(
+        requirements["data"],
+        json!({ "requirements.txt": format!("{LINE}\n") })
+    );
+    let pool = &server.get("daemonsets", "science").unwrap()["spec"];
     assert_eq!(
         pool["updateStrategy"]["rollingUpdate"],
         json!({ "maxSurge": 1, "maxUnavailable": 0 })
@@ -133,52 +107,41 @@ async fn what_belongs_to_a_package_set_is_applied() {
             "volumes": [{ "name": "requirements", "configMap": { "name": name } }],
         })
     );
-    assert_eq!(sent[2]["status"]["digest"], version.digest);
-    assert_eq!(sent[2]["status"]["readyDigest"], Value::Null);
-    assert_eq!(condition(&sent[2], "Ready").1, "WaitingForDaemonSet");
+    assert_eq!(set["status"]["digest"], version.digest);
+    assert_eq!(set["status"].get("readyDigest"), None);
+    assert_eq!(condition(&set, "Ready").1, "WaitingForDaemonSet");
 }
 
 #[tokio::test]
 async fn missing_requirements_are_said() {
-    for (answer, reason) in [
-        (
-            missing("/api/v1/namespaces/shop/configmaps/locked"),
-            "ConfigMapMissing",
-        ),
-        (
-            get(
-                "/api/v1/namespaces/shop/configmaps/locked",
-                json!({ "metadata": {}, "data": { "other.txt": "" } }),
-            ),
-            "KeyMissing",
-        ),
-    ] {
-        let set =
-            &set(json!({ "configMapKeyRef": { "name": "locked", "key": "requirements.txt" } }));
-        let (context, calls) = server(vec![
-            namespace(),
-            answer,
-            missing(POOL),
-            list(PODS, &[]),
-            report(STATUS, set),
-            event(EVENTS),
-        ]);
-        steps(set, &context).await.unwrap();
-        drop(context);
-        let sent = calls.await.unwrap();
-        assert_eq!(condition(&sent[0], "Ready").1, reason);
-        assert_eq!(condition(&sent[0], "RequirementsFound").0, "False");
+    let server = Server::new();
+    let reference = json!({ "configMapKeyRef": { "name": "locked", "key": "requirements.txt" } });
+    server.put(crate::tests::set(&reference));
+    for reason in ["ConfigMapMissing", "KeyMissing"] {
+        let set = reconciled(&server).await;
+        assert_eq!(condition(&set, "Ready").1, reason);
+        assert_eq!(condition(&set, "RequirementsFound").0, "False");
+        assert_eq!(server.get("daemonsets", "science"), None);
+        server.put(json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "locked" },
+            "data": { "other.txt": "" },
+        }));
     }
 }
 
 /// A pod of a version on a node; `ended` is the exit code of its installer.
+
 fn pod(version: &Version, node: &str, ended: Option<i32>, ready: bool) -> Value {
     let state = ended.map_or_else(
         || json!({ "running": {} }),
         |code| json!({ "terminated": { "exitCode": code, "message": "log\nsix==1.17.0: hash differs" } }),
     );
     json!({
-        "metadata": { "name": format!("science-{node}"), "annotations": { "sock.dev/digest": version.digest } },
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": format!("science-{node}-{}", &version.digest[..3]), "labels": { "sock.dev/pool": "science" },
+            "annotations": { "sock.dev/digest": version.digest },
+        },
         "spec": { "nodeName": node, "containers": [] },
         "status": {
             "conditions": [{ "type": "Ready", "status": if ready { "True" } else { "False" } }],
@@ -187,81 +150,47 @@ fn pod(version: &Version, node: &str, ended: Option<i32>, ready: bool) -> Value 
     })
 }
 
-async fn reconciled(set: &PackageSet, desired: i32, pods: &[Value]) -> Value {
-    let requirements = format!("{LINE}\n");
-    let name = format!("science-requirements-{}", &sha256(&[&requirements])[..10]);
-    let config_map: &'static str = format!("{CONFIG_MAPS}/{name}").leak();
-    let status = json!({
-        "desiredNumberScheduled": desired, "currentNumberScheduled": desired, "numberMisscheduled": 0, "numberReady": 0,
-        "observedGeneration": 1,
-    });
-    let (context, calls) = server(vec![
-        namespace(),
-        missing(POOL),
-        list(PODS, pods),
-        missing(config_map),
-        apply(config_map),
-        missing(POOL),
-        applied(POOL, status),
-        list(CONFIG_MAPS, &[]),
-        report(STATUS, set),
-        event(EVENTS),
-    ]);
-    steps(set, &context).await.unwrap();
-    drop(context);
-    calls.await.unwrap().swap_remove(2)
-}
-
 #[tokio::test]
 async fn a_wrong_hash_is_what_the_condition_says() {
-    let set = set(json!({ "lines": [LINE] }));
-    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "");
-    let status = reconciled(
-        &set,
-        2,
-        &[
-            pod(&version, "one", Some(1), false),
-            pod(&version, "two", None, false),
-        ],
-    )
-    .await;
+    let server = server();
+    reconciled(&server).await;
+    schedule(&server, 2);
+    server.put(pod(&wanted(), "one", Some(1), false));
+    server.put(pod(&wanted(), "two", None, false));
+    let set = reconciled(&server).await;
+    let (holds, reason, message) = condition(&set, "Ready");
     assert_eq!(
-        condition(&status, "Ready"),
+        (holds.as_str(), reason.as_str(), message.as_str()),
         ("False", "InstallFailed", "one: six==1.17.0: hash differs")
     );
-    assert_eq!(status["status"]["failures"][0]["node"], "one");
-    assert_eq!(status["status"]["readyDigest"], Value::Null);
+    assert_eq!(set["status"]["failures"][0]["node"], "one");
+    assert_eq!(set["status"].get("readyDigest"), None);
 }
 
 #[tokio::test]
 async fn functions_stay_on_the_old_version_until_the_new_one_is_warm_everywhere() {
-    let mut set = set(json!({ "lines": [LINE] }));
-    set.status = Some(sock_crds::PackageSetStatus {
-        ready_digest: Some("old".into()),
-        ready_lock: Some("old".into()),
-        ready_image: Some("python:3.10".into()),
-        ..sock_crds::PackageSetStatus::default()
+    let server = server();
+    server.edit("packagesets", "science", |set| {
+        set["status"] =
+            json!({ "readyDigest": "old", "readyLock": "old", "readyImage": "python:3.10" });
     });
-    let version = Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "");
+    reconciled(&server).await;
+    schedule(&server, 2);
+    let version = wanted();
     let old = Version {
         digest: "old".into(),
         ..version.clone()
     };
-    let (one, two) = (
-        pod(&version, "one", Some(0), true),
-        pod(&version, "two", Some(0), false),
-    );
-    let status = reconciled(
-        &set,
-        2,
-        &[one.clone(), two, pod(&old, "two", Some(0), true)],
-    )
-    .await;
-    assert_eq!(status["status"]["readyNodes"], 1);
-    assert_eq!(status["status"]["readyDigest"], "old");
+    server.put(pod(&version, "one", Some(0), true));
+    server.put(pod(&version, "two", Some(0), false));
+    server.put(pod(&old, "two", Some(0), true));
+    let set = reconciled(&server).await;
+    assert_eq!(set["status"]["readyNodes"], 1);
+    assert_eq!(set["status"]["readyDigest"], "old");
 
-    let status = reconciled(&set, 2, &[one, pod(&version, "two", Some(0), true)]).await;
-    assert_eq!(status["status"]["readyDigest"], version.digest);
-    assert_eq!(status["status"]["readyImage"], "python:3.11");
-    assert_eq!(condition(&status, "Ready").1, "Warm");
+    server.put(pod(&version, "two", Some(0), true));
+    let set = reconciled(&server).await;
+    assert_eq!(set["status"]["readyDigest"], version.digest);
+    assert_eq!(set["status"]["readyImage"], "python:3.11");
+    assert_eq!(condition(&set, "Ready").1, "Warm");
 }

@@ -1,4 +1,4 @@
-//! Decides what a PackageSet's status says, and writes it if that is news.
+//! Decides what a PackageSet's status says.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use sock_crds::{NodeFailure, PackageSet, PackageSetStatus};
 
 use super::status_port::import_millis;
 use super::validate::Wanted;
-use crate::cluster::{Context, Error};
+use crate::cluster::Error;
 use crate::condition::{Finding, conditions};
 use crate::contract::{annotation, container};
 use crate::pods::{failures, is_ready};
@@ -25,16 +25,15 @@ pub struct Observed<'a> {
     pub failed: Option<&'a Error>,
 }
 
-/// Writes the status.
-pub async fn update_status(
+/// The status that a PackageSet is to have.
+pub async fn status(
     set: &PackageSet,
-    wanted: Result<Wanted, Finding>,
-    observed: Observed<'_>,
-    context: &Context,
-) -> Result<(), Error> {
+    wanted: &Result<Wanted, Finding>,
+    observed: &Observed<'_>,
+) -> PackageSetStatus {
     let before = set.status.clone().unwrap_or_default();
-    let mut after = status(set, &wanted, &observed, Timestamp::now());
-    if let Ok(wanted) = &wanted {
+    let mut after = decide(set, wanted, observed, Timestamp::now());
+    if let Ok(wanted) = wanted {
         let of_version = observed
             .pods
             .iter()
@@ -46,13 +45,7 @@ pub async fn update_status(
                 .filter(|_| before.digest == after.digest)
         });
     }
-    if after != before {
-        context.apply_status(set, &after).await?;
-        context
-            .tell(set, &before.conditions, &after.conditions)
-            .await;
-    }
-    Ok(())
+    after
 }
 
 fn has_digest(pod: &Pod, digest: &str) -> bool {
@@ -105,7 +98,7 @@ fn nodes<'a>(pods: impl Iterator<Item = &'a Pod>) -> i32 {
 }
 
 /// The status, but for what only the pods themselves can tell.
-fn status(
+fn decide(
     set: &PackageSet,
     wanted: &Result<Wanted, Finding>,
     observed: &Observed<'_>,
