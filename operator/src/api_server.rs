@@ -356,7 +356,11 @@ impl Server {
         self.arrives(client).await;
         match outcome {
             Ok((code, object)) => answer(code, &object, None),
-            Err(status) => answer(status["code"].as_u64().unwrap() as u16, &status, None),
+            Err(status) => answer(
+                u16::try_from(status["code"].as_u64().unwrap()).unwrap(),
+                &status,
+                None,
+            ),
         }
     }
 
@@ -614,7 +618,7 @@ impl Store {
         let part = target.subresource.as_str();
         let there = self.objects.get(&key);
         match there {
-            Some(there) => is_met(there, &body["metadata"])?,
+            Some(there) => is_met_by_apply(there, &body["metadata"])?,
             None if !part.is_empty() => {
                 return Err(status(404, &format!("{} not found", target.what())));
             }
@@ -843,7 +847,7 @@ fn merge(value: &mut Value, patch: Value) {
 
 /// Whether an object is the one, and in the version, that a call expects.
 fn is_met(there: &Value, expected: &Value) -> Result<(), Value> {
-    for key in ["uid", "resourceVersion"] {
+    for key in ["resourceVersion", "uid"] {
         if let Some(expected) = expected[key].as_str()
             && there["metadata"][key] != expected
         {
@@ -854,6 +858,18 @@ fn is_met(there: &Value, expected: &Value) -> Result<(), Value> {
         }
     }
     Ok(())
+}
+
+/// The same for an apply, which takes another UID for an attempt to change it.
+fn is_met_by_apply(there: &Value, expected: &Value) -> Result<(), Value> {
+    is_met(
+        there,
+        &json!({ "resourceVersion": expected["resourceVersion"] }),
+    )?;
+    is_met(there, &json!({ "uid": expected["uid"] })).map_err(|_| {
+        let message = "metadata.uid: Invalid value: field is immutable";
+        status(422, message)
+    })
 }
 
 fn key(plural: &str, name: &str) -> Key {

@@ -296,12 +296,16 @@ impl Context {
             if same {
                 return Ok(None);
             }
-            // If it is replaced meanwhile, this is refused; and one that is made meanwhile by somebody else has
-            // fields that differ, which are not taken from him without force.
+            // Without force, an object that somebody else makes meanwhile is not taken from him: its fields conflict.
             parameters = parameters.force();
         }
         let intent = object.clone();
-        object.meta_mut().uid = there.and_then(|there| there.uid);
+        // Another than the one that was looked at is a conflict: its version differs. That it is not to be made
+        // again if it is gone is what the UID says.
+        if let Some(there) = there {
+            object.meta_mut().uid = there.uid;
+            object.meta_mut().resource_version = there.resource_version;
+        }
         let applied = api
             .patch(&name, &parameters, &Patch::Apply(&object))
             .await

@@ -130,7 +130,6 @@ async fn missing_requirements_are_said() {
 }
 
 /// A pod of a version on a node; `ended` is the exit code of its installer.
-
 fn pod(version: &Version, node: &str, ended: Option<i32>, ready: bool) -> Value {
     let state = ended.map_or_else(
         || json!({ "running": {} }),

@@ -177,6 +177,11 @@ async fn a_child_that_is_replaced_by_somebodys_own_is_left_to_him() {
         foreign["spec"]
     );
     assert_eq!(ready(&server, "functions", "hello"), "NameTaken");
+    let told = events(&server, "hello");
+    assert!(
+        told.iter().all(|(reason, _)| reason != "Refused"),
+        "{told:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
