@@ -136,7 +136,10 @@ pub(crate) fn first(
         }
         Program::Holder(kind) => {
             if let Some(process) = process {
-                become_user(process, None)?;
+                let mut process = process.clone();
+                // It needs none; with CAP_DAC_OVERRIDE it could read its program, and be traced in turn.
+                process.set_capabilities(None);
+                become_user(&process, None)?;
             }
             execute_holder(prepared.holder.as_ref(), kind)
         }
@@ -424,10 +427,10 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
         .as_ref()
         .filter(|l| !l.is_empty())
     {
-        apply_label("/proc/self/attr/apparmor/exec", &format!("exec {label}"))?;
+        apply_label("self/attr/apparmor/exec", &format!("exec {label}"))?;
     }
     if let Some(label) = process.selinux_label().as_ref().filter(|l| !l.is_empty()) {
-        apply_label("/proc/self/attr/exec", label)?;
+        apply_label("self/attr/exec", label)?;
     }
     // A keyring of its own: keys are not namespaced (keyrings(7)). Where seccomp forbids keyctl, so it does inside.
     // SAFETY: joins an anonymous session keyring.
@@ -495,11 +498,29 @@ fn set_groups(groups: &[libc::gid_t]) -> std::io::Result<()> {
     }
 }
 
+/// The image, or a volume, may have put something else at `/proc`, or over one of its files: the label would be written to
+/// that and mean nothing (CVE-2019-16884).
 fn apply_label(path: &str, label: &str) -> Result<()> {
-    match std::fs::write(path, label) {
+    use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, ResolveFlags, fstatfs, openat, openat2};
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let proc = openat(CWD, "/proc", flags, Mode::empty()).step("open", "/proc")?;
+    if fstatfs(&proc).step("look at", "/proc")?.f_type != PROC_SUPER_MAGIC {
+        return Err(Error::spec(
+            "process",
+            format!("its security label {label} cannot be set: /proc is no proc file system"),
+        ));
+    }
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = match openat2(&proc, path, flags, Mode::empty(), resolve) {
         // No such module in this kernel: the label means nothing here.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
-        other => other.step("set security label", label),
+        Err(rustix::io::Errno::NOENT) => return Ok(()),
+        other => other.step("open security label", path)?,
+    };
+    match rustix::io::write(&file, label.as_bytes()) {
+        // The same of a module that is there and not in use.
+        Err(rustix::io::Errno::INVAL) => Ok(()),
+        other => other.map(drop).step("set security label", label),
     }
 }
 

@@ -37,6 +37,10 @@ fn main() {
         ("paths_are_masked_and_read_only", paths_are_masked),
         ("a_link_of_the_image_leads_no_mount_out", links_stay_inside),
         ("a_profile_forbids_a_system_call", profile_forbids),
+        (
+            "a_label_is_not_written_to_what_an_image_has_at_proc",
+            label_needs_proc,
+        ),
         ("a_missing_program_is_named", missing_program),
         ("exec_joins_the_container_and_its_cgroup", exec_joins),
         ("a_terminal_is_the_containers_own", terminal),
@@ -44,6 +48,10 @@ fn main() {
         (
             "a_holder_keeps_namespaces_and_shows_no_file_of_the_host",
             holder,
+        ),
+        (
+            "a_holder_is_traced_by_nobody_of_its_pod",
+            traced_holder,
         ),
         (
             "a_holder_of_descendants_outlives_its_signal",
@@ -298,6 +306,25 @@ fn profile_forbids() {
     );
 }
 
+fn label_needs_proc() {
+    let image = Image::new();
+    for (key, file) in [
+        ("apparmorProfile", "proc/self/attr/apparmor/exec"),
+        ("selinuxLabel", "proc/self/attr/exec"),
+    ] {
+        let mut wanted = spec("true");
+        wanted["process"][key] = json!("a_label");
+        // A volume of the pod's author in its place.
+        wanted["mounts"][0] = json!({"destination": "/proc", "type": "tmpfs", "source": "tmpfs"});
+        let (status, text) = run(&image, &wanted);
+        assert_eq!(status, -1, "{text}");
+        assert!(text.contains("/proc is no proc file system"), "{text}");
+        assert!(!image.0.path().join(file).exists());
+        wanted = spec("true");
+        assert_eq!(run(&image, &wanted).0, 0);
+    }
+}
+
 fn missing_program() {
     let image = Image::new();
     let mut wanted = spec("");
@@ -501,6 +528,70 @@ fn holder() {
     // What is written to its file would reach every pod.
     let exe = fs::OpenOptions::new().write(true).open(proc.join("exe"));
     assert!(exe.is_err() || exe.unwrap().set_len(0).is_err());
+    kill(child.pid, libc::SIGTERM);
+    assert_eq!(wait(child.pid), 0);
+}
+
+/// A pod whose containers share a PID namespace has the sandbox's holder in it, under the pod's user, and no filter on it:
+/// who traced it would have none either.
+fn traced_holder() {
+    let mut wanted = spec("");
+    wanted["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    let all = json!(["CAP_DAC_OVERRIDE", "CAP_CHOWN"]);
+    wanted["process"]["capabilities"] =
+        json!({"bounding": all, "effective": all, "permitted": all});
+    let spec = parsed(&wanted);
+    let child = launch(plan(&spec, Root::Empty, Program::Holder(HolderKind::Pod))).unwrap();
+    go(&child).unwrap();
+    let traced = |holder: libc::pid_t| {
+        // SAFETY: the child makes system calls with numbers and ends.
+        unsafe {
+            let tracer = libc::fork();
+            if tracer == 0 {
+                libc::setresgid(1000, 1000, 1000);
+                libc::setresuid(1000, 1000, 1000);
+                libc::_exit(match libc::ptrace(libc::PTRACE_SEIZE, holder, 0, 0) {
+                    0 => 0,
+                    _ => *libc::__errno_location(),
+                })
+            }
+            wait(tracer)
+        }
+    };
+    // SAFETY: the child sleeps until it is killed.
+    let ordinary = unsafe {
+        let pid = libc::fork();
+        if pid == 0 {
+            libc::setresgid(1000, 1000, 1000);
+            libc::setresuid(1000, 1000, 1000);
+            libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0);
+            loop {
+                libc::pause();
+            }
+        }
+        pid
+    };
+    let mut tries = 0;
+    while traced(ordinary) != 0 {
+        tries += 1;
+        assert!(tries < 500, "the tracer traces nobody");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    kill(ordinary, libc::SIGKILL);
+    wait(ordinary);
+    // It has begun once it waits for a signal.
+    while !fs::read_to_string(format!("/proc/{}/stat", child.pid))
+        .unwrap()
+        .contains(") S ")
+    {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(traced(child.pid), libc::EPERM, "a holder is traced");
+    let status = fs::read_to_string(format!("/proc/{}/status", child.pid)).unwrap();
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        let none = format!("{set}:\t0000000000000000");
+        assert!(status.contains(&none), "{status}");
+    }
     kill(child.pid, libc::SIGTERM);
     assert_eq!(wait(child.pid), 0);
 }
