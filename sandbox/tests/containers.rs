@@ -49,10 +49,7 @@ fn main() {
             "a_holder_keeps_namespaces_and_shows_no_file_of_the_host",
             holder,
         ),
-        (
-            "a_holder_is_traced_by_nobody_of_its_pod",
-            traced_holder,
-        ),
+        ("a_holder_is_traced_by_nobody_of_its_pod", traced_holder),
         (
             "a_holder_of_descendants_outlives_its_signal",
             holder_of_descendants,

@@ -169,7 +169,7 @@ pub async fn attach(dir: &Path) -> Result<Option<Attachment>> {
 
 async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
     let received = Channel::new(socket, "broker")?
-        .receive::<Attached>()
+        .receive::<Attached>(2)
         .await?;
     let Attached { uid, gid } = received.message;
     let Ok([channel, user_namespace]) = <[OwnedFd; 2]>::try_from(received.fds) else {

@@ -1,5 +1,6 @@
 //! A `SOCK_SEQPACKET` channel on the asynchronous runtime.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::ioctl_fionbio;
@@ -10,11 +11,12 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::error::{Error, Result};
+use crate::patience::bounded;
 
 /// One end of a channel to a zygote, a leaf or a broker.
 #[derive(Debug)]
 pub struct Channel {
-    socket: AsyncFd<OwnedFd>,
+    socket: ManuallyDrop<AsyncFd<OwnedFd>>,
     peer: &'static str,
 }
 
@@ -30,7 +32,7 @@ impl Channel {
         ioctl_fionbio(&socket, true)
             .map_err(Error::system("make the channel non-blocking (FIONBIO)"))?;
         Ok(Channel {
-            socket: watch(socket)?,
+            socket: ManuallyDrop::new(watch(socket)?),
             peer,
         })
     }
@@ -44,18 +46,35 @@ impl Channel {
         protocol::send(self.socket.get_ref(), message, fds).map_err(|e| self.wire(e))
     }
 
-    /// The next message. Cancel safe: a message is either returned or left in the channel.
+    /// The next message, with at most `most` descriptors. Cancel safe: a message is either returned or left in the channel.
     ///
     /// # Errors
-    /// [`Error::Wire`]; see [`Error::is_closed`].
-    pub async fn receive<M: DeserializeOwned>(&self) -> Result<Received<M>> {
+    /// [`Error::Wire`]; see [`Error::is_closed`]. [`Error::Unexpected`] for more descriptors, which are closed: how long
+    /// that takes is the sender's doing, but not for longer than a moment.
+    pub async fn receive<M: DeserializeOwned>(&self, most: usize) -> Result<Received<M>> {
         // Readiness takes nothing of a task's budget: a peer that never stops talking must not stop the others.
         tokio::task::coop::consume_budget().await;
         loop {
             let mut ready = self.socket.readable().await.map_err(Error::Watch)?;
-            match protocol::receive(self.socket.get_ref()) {
+            let received = bounded(|| match protocol::receive(self.socket.get_ref()) {
+                Ok(Received { fds, .. }) if fds.len() > most => {
+                    drop(fds);
+                    Ok(None)
+                }
+                Ok(received) => Ok(Some(received)),
+                Err(error) => Err(error),
+            });
+            match received {
                 Err(e) if e.would_block() => ready.clear_ready(),
-                other => return other.map_err(|e| self.wire(e)),
+                Err(e) => return Err(self.wire(e)),
+                Ok(Some(received)) => return Ok(received),
+                Ok(None) => {
+                    return Err(Error::Unexpected {
+                        peer: self.peer,
+                        said: "something with a descriptor",
+                        expected: "a message without",
+                    });
+                }
             }
         }
     }
@@ -65,6 +84,14 @@ impl Channel {
             peer: self.peer,
             source,
         }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // What lies in it unread may have descriptors, which are closed with it.
+        // SAFETY: it is not used after this.
+        bounded(|| unsafe { ManuallyDrop::drop(&mut self.socket) });
     }
 }
 

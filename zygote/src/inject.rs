@@ -6,6 +6,7 @@
 //! there is nothing a tenant could change between check and use.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::fchown;
@@ -14,12 +15,14 @@ use rustix::process::{Gid, Uid};
 
 use crate::channel::watch;
 use crate::error::{Error, Result, errno};
+use crate::patience::{PATIENCE, bounded};
 
 /// Answers the notifications of one leaf until its last process has ended. Sockets belong to the
 /// user `uid` and group `gid`, as the host numbers them.
 ///
 /// # Errors
-/// [`Error::System`] when the listener fails; the leaf then gets `ENOSYS` for every further socket.
+/// [`Error::System`] when the listener fails, or when somebody else receives from it too; the leaf then gets `ENOSYS` for
+/// every further socket, unless they answer it.
 pub async fn inject_sockets(listener: OwnedFd, uid: u32, gid: u32) -> Result<()> {
     let listener = watch(listener)?;
     let owner = Owner {
@@ -31,12 +34,15 @@ pub async fn inject_sockets(listener: OwnedFd, uid: u32, gid: u32) -> Result<()>
         tokio::task::coop::consume_budget().await;
         let mut ready = listener.readable().await.map_err(Error::Watch)?;
         match pending(listener.get_ref())? {
-            Pending::Some => answer(listener.get_ref(), &owner)?,
+            Pending::Some => bounded(|| answer(listener.get_ref(), &owner))?,
             Pending::None => ready.clear_ready(),
             Pending::Ended => return Ok(()),
         }
     }
 }
+
+/// How long a leaf may take to get a socket that is handed to it.
+const TAKEN_WITHIN: Duration = Duration::from_millis(200);
 
 enum Pending {
     Some,
@@ -68,7 +74,10 @@ struct Owner {
     gid: Gid,
 }
 
+/// Packages run before the leaf is confined, so theirs can keep a duplicate of its listener, and take the notification that
+/// `pending` has seen: to receive then waits for the next, whatever the flags of the descriptor.
 fn answer(listener: &OwnedFd, owner: &Owner) -> Result<()> {
+    let begin = Instant::now();
     // SAFETY: the structure is plain integers, for which zero is a value; the kernel demands zeroes.
     let mut notification: libc::seccomp_notif = unsafe { std::mem::zeroed() };
     // SAFETY: the request writes one `struct seccomp_notif` to the pointer it is given.
@@ -82,6 +91,10 @@ fn answer(listener: &OwnedFd, owner: &Owner) -> Result<()> {
     {
         return match last() {
             // The process was killed, or a signal came: nobody waits for an answer.
+            Errno::INTR if begin.elapsed() >= PATIENCE / 2 => Err(Error::System {
+                step: "receive a notification, which somebody else has (SECCOMP_IOCTL_NOTIF_RECV)",
+                errno: Errno::INTR,
+            }),
             Errno::NOENT | Errno::INTR | Errno::AGAIN => Ok(()),
             errno => Err(Error::System {
                 step: "receive a notification (SECCOMP_IOCTL_NOTIF_RECV)",
@@ -165,7 +178,8 @@ fn hand_over(listener: &OwnedFd, id: u64, socket: &OwnedFd, close_on_exec: bool)
         newfd: 0,
         newfd_flags: flags,
     };
-    let add_to = |add: &libc::seccomp_notif_addfd| {
+    let begin = Instant::now();
+    let add_to = |add: &libc::seccomp_notif_addfd| loop {
         // SAFETY: the request reads one `struct seccomp_notif_addfd`.
         match unsafe {
             libc::ioctl(
@@ -174,8 +188,10 @@ fn hand_over(listener: &OwnedFd, id: u64, socket: &OwnedFd, close_on_exec: bool)
                 add,
             )
         } {
-            -1 => Err(last()),
-            fd => Ok(fd),
+            // The leaf takes it when it runs, which it may not soon if it has used up its share of the processor.
+            -1 if last() == Errno::INTR && begin.elapsed() < TAKEN_WITHIN => {}
+            -1 => break Err(last()),
+            fd => break Ok(fd),
         }
     };
     match add_to(&add) {
@@ -239,6 +255,55 @@ mod tests {
             instruction_pointer: 0,
             args: [arg(family), arg(kind), arg(protocol), 0, 0, 0],
         })
+    }
+
+    /// A listener of a thread that asks for nothing and lives on.
+    fn listener() -> OwnedFd {
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            // "Allow": BPF_RET | BPF_K, SECCOMP_RET_ALLOW.
+            let mut filter = libc::sock_filter {
+                code: 6,
+                jt: 0,
+                jf: 0,
+                k: 0x7fff_0000,
+            };
+            let program = libc::sock_fprog {
+                len: 1,
+                filter: &raw mut filter,
+            };
+            // SAFETY: loads the one instruction for this thread.
+            let fd = unsafe {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                libc::syscall(
+                    libc::SYS_seccomp,
+                    libc::SECCOMP_SET_MODE_FILTER,
+                    libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+                    &raw const program,
+                )
+            };
+            tell.send(fd).unwrap();
+            loop {
+                std::thread::park();
+            }
+        });
+        let fd = i32::try_from(told.recv().unwrap()).unwrap();
+        assert!(fd >= 0);
+        // SAFETY: new, and nobody else's.
+        unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) }
+    }
+
+    #[test]
+    fn a_notification_that_somebody_else_has_taken_is_not_waited_for() {
+        let listener = listener();
+        let owner = Owner {
+            uid: Uid::ROOT,
+            gid: Gid::ROOT,
+        };
+        let begin = Instant::now();
+        let outcome = bounded(|| answer(&listener, &owner));
+        assert!(matches!(outcome, Err(Error::System { .. })), "{outcome:?}");
+        assert!(begin.elapsed() < Duration::from_secs(2));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A leaf as the shim sees it: one type for each state, so that what may be said to it is decided by
 //! the compiler. Its messages are a tenant's word and are checked.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,6 +11,7 @@ use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
 
 use crate::channel::Channel;
 use crate::error::{Error, Result, errno};
+use crate::patience::bounded;
 use crate::setup::SealedSetup;
 
 /// The descriptors of a setup. A plain interpreter needs none of them.
@@ -45,7 +46,7 @@ impl Arrived {
     /// [`Error::Wire`] when it ends first; [`Error::Unexpected`].
     pub async fn interpreter(control: OwnedFd) -> Result<Arrived> {
         let control = Channel::new(control, "leaf")?;
-        let hello = control.receive().await?;
+        let hello = control.receive(0).await?;
         Arrived::new(control, hello).await
     }
 
@@ -100,7 +101,7 @@ impl Arrived {
 }
 
 async fn farewell(channel: &Channel, pid: i32) -> Error {
-    match channel.receive::<FromLeaf>().await {
+    match channel.receive::<FromLeaf>(0).await {
         Ok(Received {
             message: FromLeaf::Failed { message, traceback },
             ..
@@ -141,13 +142,21 @@ impl Confining {
     ) -> Result<(Loading, Vec<Phase>, Option<OwnedFd>)> {
         let Received {
             message, mut fds, ..
-        } = self.0.channel.receive::<FromLeaf>().await?;
+        } = self.0.channel.receive::<FromLeaf>(1).await?;
+        let listener = fds.pop();
+        if listener.as_ref().is_some_and(|fd| !is_listener(fd)) {
+            bounded(|| drop(listener));
+            return Err(Error::Unexpected {
+                peer: "leaf",
+                said: "Confined with some descriptor",
+                expected: "Confined with its seccomp listener",
+            });
+        }
         match message {
             FromLeaf::Confined { phases } => {
                 if let Some(cgroup) = cgroup {
                     self.0.belongs_to(cgroup)?;
                 }
-                let listener = (!fds.is_empty()).then(|| fds.remove(0));
                 Ok((Loading(self.0), phases, listener))
             }
             FromLeaf::Failed { message, traceback } => {
@@ -160,6 +169,13 @@ impl Confining {
             }),
         }
     }
+}
+
+/// Whether it is what seccomp(2) gives out for notifications: anything else would be closed at its sender's pace, and asked
+/// for what it is not.
+fn is_listener(fd: &OwnedFd) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .is_ok_and(|name| name.as_os_str() == "anon_inode:seccomp notify")
 }
 
 impl Arrived {
@@ -205,7 +221,7 @@ impl Loading {
     /// # Errors
     /// [`Error::LeafFailed`] with the line that the Function's author needs; [`Error::Wire`].
     pub async fn ready(self) -> Result<(Leaf, u64)> {
-        match self.0.channel.receive::<FromLeaf>().await?.message {
+        match self.0.channel.receive::<FromLeaf>(0).await?.message {
             FromLeaf::Ready { import_micros } => Ok((Leaf(self.0), import_micros)),
             FromLeaf::Failed { message, traceback } => {
                 Err(Error::LeafFailed { message, traceback })
@@ -289,7 +305,7 @@ impl Leaf {
     /// [`Error::Wire`]: after its end ([`Error::is_closed`]), and for what is no message, whereupon
     /// the leaf is to be killed.
     pub async fn event(&self) -> Result<Event> {
-        match self.0.channel.receive::<FromLeaf>().await?.message {
+        match self.0.channel.receive::<FromLeaf>(0).await?.message {
             FromLeaf::Began { conn } => Ok(Event::Began { conn }),
             FromLeaf::Done {
                 conn,

@@ -22,6 +22,7 @@ mod channel;
 mod error;
 mod inject;
 mod leaf;
+mod patience;
 mod root;
 mod setup;
 mod zygote;

@@ -35,7 +35,7 @@ impl Zygote {
     pub async fn configure(control: OwnedFd, setup: &ZygoteSetup) -> Result<(Zygote, Warm)> {
         let channel = Channel::new(control, "zygote")?;
         channel.send(&ToZygote::Configure(setup.clone()), &[])?;
-        match channel.receive::<FromZygote>().await?.message {
+        match channel.receive::<FromZygote>(0).await?.message {
             FromZygote::Ready {
                 import_micros,
                 modules,
@@ -71,7 +71,7 @@ impl Zygote {
     /// Waits for the zygote's end. Cancel safe.
     pub async fn ended(&self) -> Error {
         loop {
-            match self.0.receive::<FromZygote>().await {
+            match self.0.receive::<FromZygote>(0).await {
                 // Nothing is asked on this channel that would have an answer.
                 Ok(_) => {}
                 Err(error) => return error,
@@ -156,7 +156,7 @@ impl ZygoteChannel {
         drop(theirs);
         let hello = tokio::select! {
             biased;
-            hello = control.receive::<FromLeaf>() => hello,
+            hello = control.receive::<FromLeaf>(0) => hello,
             error = self.failure(ticket.number) => return Err(error),
         };
         match hello {
@@ -207,7 +207,7 @@ impl ZygoteChannel {
     }
 
     async fn hear(&self) -> Result<()> {
-        let (ticket, answer) = match self.channel.receive::<FromZygote>().await?.message {
+        let (ticket, answer) = match self.channel.receive::<FromZygote>(0).await?.message {
             FromZygote::Forked {
                 ticket,
                 spare,

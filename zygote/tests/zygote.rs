@@ -333,7 +333,7 @@ fn hostile_bytes_on_a_channel_end_that_channel_only() {
             attack(&channel);
             let gone = sock_zygote::Channel::new(channel, "zygote")
                 .unwrap()
-                .receive::<FromZygote>()
+                .receive::<FromZygote>(0)
                 .await;
             assert!(gone.unwrap_err().is_closed(), "attack {number}");
         }

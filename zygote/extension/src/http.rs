@@ -530,7 +530,10 @@ impl Shop {
 fn size(head: &hyper::http::request::Parts) -> usize {
     let target = head.uri.path_and_query().map_or(1, |it| it.as_str().len());
     let headers = head.headers.iter();
-    target + headers.map(|(name, value)| name.as_str().len() + value.len() + 4).sum::<usize>()
+    target
+        + headers
+            .map(|(name, value)| name.as_str().len() + value.len() + 4)
+            .sum::<usize>()
 }
 
 /// All values of a header. HTTP's bytes are taken as Latin-1, as WSGI does: nothing is lost.

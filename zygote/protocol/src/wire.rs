@@ -15,8 +15,10 @@ use serde::de::DeserializeOwned;
 
 /// Largest packet in bytes. A seqpacket send of this size fits the default `wmem_default` twice.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most descriptors in one packet (the kernel's own limit is 253, `SCM_MAX_FD`).
+/// Most descriptors in one packet.
 pub const MAX_FDS: usize = 32;
+/// Most that the kernel passes (unix(7)).
+const SCM_MAX_FD: usize = 253;
 
 /// Why a packet did not get through.
 #[derive(Debug, thiserror::Error)]
@@ -132,8 +134,9 @@ fn waiting(socket: impl AsFd) -> Result<usize, Error> {
 pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Error> {
     // As large as the packet: in a forked process, each page of a larger buffer would be a fault.
     let mut bytes = vec![0u8; waiting(&socket)?.min(MAX_MESSAGE)];
+    // Room for all that the kernel passes: what finds none is closed by the kernel within the call.
     let mut space =
-        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
         match recvmsg(
@@ -161,7 +164,6 @@ pub fn receive<M: DeserializeOwned>(socket: impl AsFd) -> Result<Received<M>, Er
             _ => {}
         }
     }
-    // Without credentials their room holds a few more descriptors.
     if fds.len() > MAX_FDS
         || got
             .flags
