@@ -18,4 +18,5 @@ pub mod service;
 pub mod status;
 pub mod stdio;
 pub mod task;
+pub mod tenants;
 pub mod uses;

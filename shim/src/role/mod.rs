@@ -44,6 +44,7 @@ pub enum Role {
 mod cri {
     pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
     pub const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
+    pub const NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 }
 
 impl Role {
@@ -78,7 +79,18 @@ impl Role {
         let used = match annotations.contains_key("sock.dev/lock") {
             true => {
                 let name = ZygoteName::from_annotations(&annotations).map_err(Failure::invalid)?;
-                Some(Use::begin(&name, id)?)
+                let used = Use::begin(&name, id)?;
+                let namespace = annotations.get(cri::NAMESPACE).map(String::as_str);
+                let claimed = crate::tenants::claim(
+                    Path::new(CACHE),
+                    &name.tenant,
+                    namespace.unwrap_or_default(),
+                );
+                if let Err(refused) = claimed {
+                    used.end();
+                    return Err(refused);
+                }
+                Some(used)
             }
             false => None,
         };
