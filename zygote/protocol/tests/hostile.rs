@@ -6,6 +6,7 @@ use std::fmt::Debug;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::RwLock;
 
 use proptest::prelude::*;
 use rustix::net::sockopt::set_socket_passcred;
@@ -18,6 +19,9 @@ use sock_zygote_protocol::{
     Attached, Error, FdRole, FromLeaf, FromZygote, LeafSetup, MAX_FDS, MAX_MESSAGE, ModuleImport,
     Phase, Rlimit, ToLeaf, ToZygote, ZygoteSetup, pair, receive, send,
 };
+
+/// Tests run beside each other, and descriptors are counted for all: who counts them is alone.
+static DESCRIPTORS: RwLock<()> = RwLock::new(());
 
 fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
@@ -39,6 +43,7 @@ fn understood<M: Serialize + DeserializeOwned + PartialEq + Debug>(
 fn travels<M: Serialize + DeserializeOwned + PartialEq + Debug>(
     message: &M,
 ) -> Result<(), TestCaseError> {
+    let _shared = DESCRIPTORS.read();
     let (ours, theirs) = pair().unwrap();
     send(&theirs, message, &[]).unwrap();
     prop_assert_eq!(&receive::<M>(&ours).unwrap().message, message);
@@ -130,6 +135,7 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_are_an_answer_or_an_error(bytes in prop::collection::vec(any::<u8>(), 1..4096)) {
+        let _shared = DESCRIPTORS.read();
         let (ours, theirs) = pair().unwrap();
         for _ in 0..4 {
             send_bytes(&theirs, &bytes, SendFlags::empty()).unwrap();
@@ -158,6 +164,7 @@ proptest! {
 
 #[test]
 fn messages_and_descriptors_arrive_together() {
+    let _shared = DESCRIPTORS.read();
     let (ours, theirs) = pair().unwrap();
     let message = ToLeaf::Setup {
         fds: vec![FdRole::Setup, FdRole::Root],
@@ -170,6 +177,7 @@ fn messages_and_descriptors_arrive_together() {
 
 #[test]
 fn the_end_and_an_oversized_packet_are_told_apart() {
+    let _shared = DESCRIPTORS.read();
     let (ours, theirs) = pair().unwrap();
     let phases = vec![Phase {
         name: "x".repeat(MAX_MESSAGE),
@@ -211,6 +219,7 @@ fn send_with(socket: &OwnedFd, bytes: &[u8], descriptors: usize) {
 
 #[test]
 fn no_descriptor_comes_beyond_the_limit_even_where_there_is_room_for_it() {
+    let _alone = DESCRIPTORS.write();
     let hello = postcard::to_stdvec(&FromLeaf::Hello).unwrap();
     for credentials in [false, true] {
         let (ours, theirs) = pair().unwrap();
@@ -236,6 +245,7 @@ fn no_descriptor_comes_beyond_the_limit_even_where_there_is_room_for_it() {
 
 #[test]
 fn descriptors_of_a_refused_packet_are_closed() {
+    let _alone = DESCRIPTORS.write();
     let (ours, theirs) = pair().unwrap();
     let before = open_descriptors();
     for _ in 0..16 {
