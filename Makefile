@@ -52,7 +52,7 @@ guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 # What is left on the nodes is counted last, when all others are over.
 e2e: install ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
-	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test failures --test input --test upgrades && \
+	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
 	cargo test --locked -p sock-e2e --test deletion
 
 test: lint unit fuzz guest e2e ## the whole suite

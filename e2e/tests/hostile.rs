@@ -1,0 +1,833 @@
+//! Code that tries to leave its sandbox, from each place where a tenant's code runs.
+//!
+//! `src/attack.py` tries; what is expected of each attempt stands here. That an attempt fails for want of a right, and
+//! not because it is wrong, is shown where nothing forbids it.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use sock_e2e::{
+    Client, MINUTE, Namespace, Node, Security, apply, get, in_namespace, in_namespace_of, kubectl,
+    kubectl_with, manifest, until, workers,
+};
+
+const ATTACK: &str = include_str!("../src/attack.py");
+
+/// Where an attempt is made.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// A handler in a leaf that was forked.
+    Leaf,
+    /// Code of a package in the zygote, which has three capabilities in a user namespace of its own.
+    Zygote,
+    /// A pod that the restricted standard admits.
+    Restricted,
+    /// A pod of the baseline standard: root with the capabilities that runc gives, and no seccomp profile.
+    Root,
+}
+
+/// The outcome of each attempt by place, `|` between those that kernels differ in. `got` is what belongs to the
+/// sandbox itself: a leaf is process 1 of its namespace, a zygote makes namespaces for leaves, root of a pod is root in it.
+const EXPECTED: &[(&str, [&str; 4])] = &[
+    ("chroot", ["EPERM", "got", "EPERM", "got"]),
+    ("out of chroot", ["EPERM", "nothing", "EPERM", "nothing"]),
+    ("pivot_root", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("mount tmpfs", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("mount proc", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("mount sysfs", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("mount cgroup", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("mount cgroup2", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("mount a device", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("remount /opt/sock", ["EPERM", "EPERM", "EPERM", "ENOENT"]),
+    ("remount packages", ["EPERM", "EPERM", "EPERM", "ENOENT"]),
+    ("lift packages", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("lift /proc/sys", ["EPERM", "EINVAL", "EPERM", "EPERM"]),
+    ("unmask", ["EPERM", "EPERM", "EPERM", "EPERM|ENOENT"]),
+    ("open_tree", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("fsopen", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("write packages", ["EROFS", "EROFS", "ENOENT", "ENOENT"]),
+    (
+        "write payload",
+        ["EACCES|EROFS", "EACCES|EROFS", "ENOENT", "ENOENT"],
+    ),
+    ("unshare user", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("unshare mnt", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("unshare net", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("unshare pid", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("unshare cgroup", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("unshare ipc", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("unshare uts", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("unshare time", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("clone user", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("clone3 user", ["ENOSYS", "ENOSYS", "ENOSYS", "got"]),
+    ("join mnt", ["EPERM", "EACCES", "EACCES", "EACCES"]),
+    ("join user", ["EPERM", "EACCES", "EACCES", "EACCES"]),
+    ("join net", ["EPERM", "EACCES", "EACCES", "EACCES"]),
+    ("join cgroup", ["EPERM", "EACCES", "EACCES", "EACCES"]),
+    // In a leaf that is the leaf, elsewhere a holder, which nobody traces or looks into.
+    ("ptrace 1", ["got", "EPERM", "EPERM", "EPERM"]),
+    ("memory of 1", ["got", "EPERM", "EPERM", "EPERM"]),
+    ("open memory of 1", ["got", "EACCES", "EACCES", "EACCES"]),
+    ("environment of 1", ["got", "EACCES", "EACCES", "EACCES"]),
+    ("program of 1", ["got", "EACCES", "EACCES", "EACCES"]),
+    (
+        "write program of 1",
+        ["EACCES|ETXTBSY", "EACCES", "EACCES", "EACCES"],
+    ),
+    ("root of 1", ["nothing", "EACCES", "EACCES", "EACCES"]),
+    ("descriptor of 1", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    (
+        "other processes",
+        ["nothing", "nothing", "nothing", "nothing"],
+    ),
+    (
+        "signal others",
+        ["nothing", "nothing", "nothing", "nothing"],
+    ),
+    ("descriptors", ["nothing", "nothing", "nothing", "nothing"]),
+    ("raw socket", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("ping socket", ["EPROTONOSUPPORT", "EACCES", "got", "got"]),
+    ("packet socket", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("netfilter", ["EPROTONOSUPPORT", "got", "got", "got"]),
+    ("audit", ["EPROTONOSUPPORT", "got", "got", "got"]),
+    ("vsock", ["EPERM", "EPERM", "EPERM", "got|EAFNOSUPPORT"]),
+    ("link down", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    (
+        "x32 socket",
+        ["EPERM|ENOSYS", "EPERM|ENOSYS", "EPERM|ENOSYS", "ENOSYS"],
+    ),
+    (
+        "abstract socket",
+        ["ECONNREFUSED", "got", "ECONNREFUSED", "ECONNREFUSED"],
+    ),
+    ("containerd", ["ENOENT", "ENOENT", "ENOENT", "ENOENT"]),
+    ("broker", ["ENOENT", "ENOENT", "ENOENT", "ENOENT"]),
+    ("forged credentials", ["EINVAL", "EINVAL", "EPERM", "EPERM"]),
+    ("setuid file", ["nothing", "nothing", "nothing", "got"]),
+    ("own setuid file", ["EINVAL", "EINVAL", "EPERM", "got"]),
+    ("setresuid", ["EINVAL", "EINVAL", "EPERM", "got"]),
+    ("setgroups", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("capset", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("file capability", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("mknod", ["EPERM", "EPERM", "EPERM", "EPERM|got"]),
+    ("cgroup files", ["nothing", "nothing", "nothing", "nothing"]),
+    (
+        "sysctl",
+        ["EACCES|EROFS", "EACCES", "EACCES|EROFS", "EROFS"],
+    ),
+    (
+        "sysrq",
+        [
+            "EACCES|EROFS|ENOENT",
+            "EACCES|ENOENT",
+            "EACCES|EROFS|ENOENT",
+            "EROFS|ENOENT",
+        ],
+    ),
+    (
+        "kcore",
+        [
+            "nothing|ENOENT",
+            "EACCES|ENOENT",
+            "nothing|ENOENT",
+            "nothing|ENOENT",
+        ],
+    ),
+    ("keys", ["nothing", "nothing", "nothing", "nothing"]),
+    (
+        "timers",
+        [
+            "nothing|ENOENT",
+            "EACCES|ENOENT",
+            "nothing|ENOENT",
+            "nothing|ENOENT",
+        ],
+    ),
+    ("kernel log", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("oom score", ["EACCES", "EACCES", "EACCES", "EACCES"]),
+    ("/dev/mem", ["ENOENT", "ENOENT", "ENOENT", "ENOENT"]),
+    ("/dev/kmsg", ["ENOENT", "ENOENT", "ENOENT", "ENOENT"]),
+    ("/dev/fuse", ["ENOENT", "ENOENT", "ENOENT", "ENOENT"]),
+    // What any user of the node may list; a new /proc needs one that nothing covers.
+    ("firmware", ["nothing", "got", "nothing", "nothing"]),
+    ("debugfs", ["nothing", "nothing", "nothing", "nothing"]),
+    ("bpf", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("perf", ["EPERM", "EPERM", "EPERM", "EACCES|EPERM|got"]),
+    ("userfaultfd", ["EPERM", "EPERM", "EPERM", "EPERM|got"]),
+    ("add_key", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("keyctl", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("io_uring", ["EPERM", "EPERM", "EPERM", "got"]),
+    ("module", ["EPERM", "EPERM", "EPERM", "EPERM|ENOSYS"]),
+    ("kexec", ["EPERM", "EPERM", "EPERM", "EPERM|ENOSYS"]),
+    (
+        "open_by_handle",
+        ["EPERM", "EPERM", "EPERM", "EPERM|EINVAL"],
+    ),
+    ("fanotify", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("reboot", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("clock", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("host name", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("priority", ["EACCES", "EACCES", "EACCES", "EACCES"]),
+    ("real time", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    // A zygote that takes the one listener of a chain for itself forks nothing that confines itself: no leaf then.
+    ("another listener", ["EBUSY", "got", "got", "got"]),
+];
+
+/// Attempts that get nothing even with all rights on the node, and how far they come there.
+const OUT_OF_REACH: &[(&str, &str)] = &[
+    // Nothing there is above the root directory of a pod, whose root is no chroot.
+    ("out of chroot", "nothing"),
+    // Past the check of rights: the directory is no mount point.
+    ("pivot_root", "EBUSY|EINVAL"),
+    // Named hierarchies are made in the first cgroup namespace only.
+    ("mount cgroup", "EPERM|EBUSY|got"),
+    // Past the check of rights: there is no such disk, or no such file system on it.
+    ("mount a device", "ENOENT|EINVAL|EBUSY|EACCES|got"),
+    // No mount of its own there in a privileged pod.
+    ("lift /proc/sys", "EINVAL"),
+    ("unmask", "EINVAL|ENOENT"),
+    // The control mounts it read-only; it is lifted by the attempts that are about that.
+    ("write packages", "EROFS|got"),
+    ("write payload", "EROFS"),
+    // A process may not join the user namespace that it is in.
+    ("join user", "EINVAL"),
+    // The root directory of a pause image.
+    ("root of 1", "nothing"),
+    // A program that runs.
+    ("write program of 1", "ETXTBSY"),
+    // Nobody else is in the pod, which is the point of a pod.
+    ("other processes", "nothing"),
+    ("signal others", "nothing"),
+    ("descriptors", "nothing"),
+    ("x32 socket", "ENOSYS|got"),
+    // What not every kernel, or node in a container, has.
+    ("sysrq", "ENOENT|got|EACCES"),
+    ("kcore", "ENOENT|EPERM|got"),
+    ("keys", "nothing|got"),
+    ("timers", "ENOENT|got"),
+    ("kernel log", "EPERM|got"),
+    ("oom score", "EACCES|got"),
+    ("/dev/mem", "ENOENT|EPERM|got"),
+    ("/dev/kmsg", "ENOENT|EPERM|got"),
+    ("/dev/fuse", "ENOENT|EPERM|got"),
+    ("firmware", "nothing|ENOENT|got"),
+    ("debugfs", "nothing|got"),
+    ("vsock", "EAFNOSUPPORT|got"),
+    ("perf", "EACCES|ENOENT|got"),
+    // Past the check of rights, as their arguments are nonsense.
+    ("module", "EBADF|ENOSYS|EPERM"),
+    ("kexec", "EBADF|ENOSYS|EINVAL|EPERM"),
+    ("open_by_handle", "EINVAL|ESTALE|EPERM"),
+    ("reboot", "EINVAL"),
+    // Groups of processes without a budget of real time.
+    ("real time", "EPERM|got"),
+];
+
+fn matches(outcome: &str, expected: &str) -> bool {
+    expected.split('|').any(|one| match one {
+        "got" => outcome == "got" || outcome.starts_with("got "),
+        errno => outcome == errno,
+    })
+}
+
+fn check(place: Place, found: &Value) -> Result<()> {
+    let found = found.as_object().context("an object of attempts")?;
+    let tried: BTreeSet<&str> = found.keys().map(String::as_str).collect();
+    let known: BTreeSet<&str> = EXPECTED.iter().map(|(name, _)| *name).collect();
+    ensure!(
+        tried == known,
+        "{place:?}: not tried or not expected: {:?}",
+        tried.symmetric_difference(&known)
+    );
+    let wrong: Vec<String> = EXPECTED
+        .iter()
+        .filter_map(|(name, expected)| {
+            let outcome = found[*name].as_str().unwrap_or_default();
+            let expected = expected[place as usize];
+            (!matches(outcome, expected)).then(|| format!("{name}: {outcome}, not {expected}"))
+        })
+        .collect();
+    ensure!(wrong.is_empty(), "{place:?}: {}", wrong.join("; "));
+    Ok(())
+}
+
+/// Python code that is small enough for a warm-up and runs the attack.
+fn packed(source: &str) -> Result<String> {
+    let pack = "import base64,sys,zlib;print(base64.b64encode(zlib.compress(sys.stdin.buffer.read(),9)).decode())";
+    let mut python = Command::new("python3");
+    python.args(["-I", "-c", pack]);
+    python
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped());
+    let mut child = python.spawn().context("python3")?;
+    std::io::Write::write_all(
+        &mut child.stdin.take().context("standard input")?,
+        source.as_bytes(),
+    )?;
+    let text = String::from_utf8(child.wait_with_output()?.stdout)?;
+    Ok(format!(
+        "import base64, zlib\nexec(zlib.decompress(base64.b64decode('{}')))\n",
+        text.trim()
+    ))
+}
+
+/// A Function's answer from a leaf that was forked.
+fn forked(client: &mut Client, address: &str, path: &str) -> Result<Value> {
+    until("a forked leaf answers", 2 * MINUTE, || {
+        let answer = client.get(address, 8080, path)?.json()?;
+        // A forked leaf is process 1 of a namespace of its own, a plain interpreter is not.
+        Ok((answer["pid"] == 1).then_some(answer))
+    })
+}
+
+fn address(pod: &Value) -> Result<&str> {
+    pod["status"]["podIP"].as_str().context("status.podIP")
+}
+
+#[test]
+fn neither_a_handler_nor_import_time_code_leaves_its_sandbox() {
+    in_namespace("hostile", |namespace| {
+        // The abstract name is the zygote's, so that a leaf that reaches it would be in its network.
+        let warm_up = packed(ATTACK)?
+            + "
+import json
+import sys
+
+if not hasattr(sys, 'hostile'):
+    sys.hostile = socket.socket(socket.AF_UNIX)
+    sys.hostile.bind('\\0sock-hostile')
+    sys.hostile.listen()
+    print('ATTACK', json.dumps(attack()), file=sys.stderr, flush=True)
+";
+        let node = workers()?.into_iter().next().context("a node")?;
+        let mut set = manifest::only_on(&node.name, manifest::package_set("hostile", &["socket"]));
+        set["spec"]["warmUp"] = json!(warm_up);
+        let code = format!(
+            "{ATTACK}\n\ndef handler(event, context):\n    return {{'pid': os.getpid(), 'found': attack()}}\n"
+        );
+        let function = manifest::with(
+            manifest::function("hostile", "hostile", &code),
+            &json!({"timeoutSeconds": 120}),
+        );
+        namespace.serve("hostile", &[set, function])?;
+
+        let pools = namespace.pods("sock.dev/pool=hostile")?;
+        let pool = pools.first().context("a pool")?["metadata"]["name"]
+            .as_str()
+            .context("metadata.name")?;
+        let log = namespace.kubectl(&["logs", pool, "--container=zygote"])?;
+        let line = log
+            .lines()
+            .find_map(|line| line.strip_prefix("ATTACK "))
+            .with_context(|| format!("what the warm-up found: {log}"))?;
+        check(Place::Zygote, &serde_json::from_str(line)?)?;
+
+        let pod = namespace.pod_of("hostile")?;
+        let mut client = Client::on(&node.other()?)?;
+        let answer = forked(&mut client, address(&pod)?, "/")?;
+        check(Place::Leaf, &answer["found"])
+    });
+}
+
+/// A pod that attacks and prints what it found. Process 1 of its namespace is the sandbox's.
+fn attacker(name: &str, sock: bool, pod_security: &Value, security: &Value) -> Value {
+    let mut pod = manifest::busybox(name, &[("attack", "")]);
+    let container = &mut pod["spec"]["containers"][0];
+    container["image"] = json!(manifest::PYTHON);
+    container["command"] = json!([
+        "python3",
+        "-c",
+        format!("{ATTACK}\nimport json\nprint(json.dumps(attack()))\n")
+    ]);
+    container["securityContext"] = security.clone();
+    let spec = &mut pod["spec"];
+    spec["securityContext"] = pod_security.clone();
+    spec["shareProcessNamespace"] = json!(true);
+    if let (false, Some(spec)) = (sock, spec.as_object_mut()) {
+        spec.remove("runtimeClassName");
+    }
+    pod
+}
+
+fn findings(namespace: &Namespace, pod: &str) -> Result<Value> {
+    until(&format!("pod {pod} has attacked"), 3 * MINUTE, || {
+        let phase = namespace.get(&["pod", pod])?["status"]["phase"].clone();
+        Ok((phase == "Succeeded" || phase == "Failed").then_some(()))
+    })?;
+    let log = namespace.kubectl(&["logs", pod])?;
+    serde_json::from_str(&log).with_context(|| log.clone())
+}
+
+#[test]
+fn a_pod_does_not_leave_its_sandbox() {
+    in_namespace("attacker", |namespace| {
+        let restricted = manifest::busybox("restricted", &[("attack", "")]);
+        let spec = &restricted["spec"];
+        let pod = attacker(
+            "restricted",
+            true,
+            &spec["securityContext"],
+            &spec["containers"][0]["securityContext"],
+        );
+        namespace.apply(&[pod])?;
+        check(Place::Restricted, &findings(namespace, "restricted")?)
+    });
+    in_namespace_of(Security::Privileged, "root", |namespace| {
+        // The namespace has no standard, so that the label below is what admits the pod, or not.
+        kubectl(&[
+            "label",
+            "namespace",
+            &namespace.name,
+            "pod-security.kubernetes.io/enforce=baseline",
+            "--overwrite",
+        ])?;
+        namespace.apply(&[attacker("root", true, &json!({}), &json!({}))])?;
+        check(Place::Root, &findings(namespace, "root")?)
+    });
+}
+
+#[test]
+fn the_attempts_get_what_they_ask_for_where_nothing_forbids_it() {
+    in_namespace_of(Security::Privileged, "unconfined", |namespace| {
+        let mut pod = attacker("control", false, &json!({}), &json!({"privileged": true}));
+        let source = format!(
+            "{ATTACK}\nimport json\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0sock-hostile')\ns.listen(8)\nprint(json.dumps(attack()))\n"
+        );
+        let container = &mut pod["spec"]["containers"][0];
+        container["command"] = json!(["python3", "-c", source]);
+        container["volumeMounts"] = json!([
+            {"name": "payload", "mountPath": "/opt/sock", "readOnly": true},
+            {"name": "packages", "mountPath": "/opt/sock/site-packages", "readOnly": true},
+            {"name": "containerd", "mountPath": "/run/containerd"},
+            {"name": "run", "mountPath": "/run/sock"},
+        ]);
+        pod["spec"]["volumes"] = json!([
+            {"name": "payload", "hostPath": {"path": "/opt/sock"}},
+            {"name": "packages", "emptyDir": {}},
+            {"name": "containerd", "hostPath": {"path": "/run/containerd"}},
+            {"name": "run", "hostPath": {"path": "/run/sock"}},
+        ]);
+        pod["spec"]["nodeName"] = json!(workers()?.first().context("a node")?.name);
+        // A user that is not root, and may become it.
+        let climber = attacker(
+            "climber",
+            false,
+            &json!({"runAsUser": 1000}),
+            &json!({"allowPrivilegeEscalation": true}),
+        );
+        namespace.apply(&[pod, climber])?;
+
+        let found = findings(namespace, "control")?;
+        let wrong: Vec<String> = EXPECTED
+            .iter()
+            .filter_map(|(name, _)| {
+                let outcome = found[*name].as_str().unwrap_or_default();
+                let known = OUT_OF_REACH.iter().find(|(known, _)| known == name);
+                let expected = known.map_or("got", |(_, expected)| expected);
+                (!matches(outcome, expected)).then(|| format!("{name}: {outcome}, not {expected}"))
+            })
+            .collect();
+        ensure!(wrong.is_empty(), "{}", wrong.join("; "));
+        let found = findings(namespace, "climber")?;
+        let root = found["setuid file"].as_str().unwrap_or_default();
+        ensure!(
+            root.starts_with("got root by "),
+            "a setuid file makes nobody root: {root}"
+        );
+        Ok(())
+    });
+}
+
+const SAY: &str = "
+import os
+import socket
+
+
+def handler(event, context):
+    to = event['query'].get('to')
+    if to:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(int(event['query']['count'])):
+                sender.sendto(b'x' * 100, (to, 9))
+    connect = event['query'].get('connect')
+    if connect:
+        try:
+            socket.create_connection((connect, 8080), timeout=2).close()
+        except OSError as error:
+            return {'pid': os.getpid(), 'connected': type(error).__name__}
+    with open('/proc/self/mountinfo') as mounts:
+        mounts = mounts.read()
+    return {'pid': os.getpid(), 'connected': True, 'mounts': mounts, 'packages': os.listdir('/opt/sock/site-packages')}
+";
+
+/// A Function with packages, on one node.
+fn tenant(node: &Node) -> Result<[Value; 2]> {
+    let requirement = include_str!("../images/requirements-small.txt")
+        .lines()
+        .find(|line| !line.starts_with('#'))
+        .context("a requirement")?;
+    let set = manifest::package_set_of("equal", &[requirement], &["idna"]);
+    let function = manifest::function("equal", "equal", SAY);
+    Ok([manifest::only_on(&node.name, set), function])
+}
+
+/// What a tenant has on a node.
+struct Seen {
+    uid: String,
+    pool: Value,
+    pod: Value,
+}
+
+fn seen(namespace: &str) -> Result<Seen> {
+    let list = |selector: &str| -> Result<Value> {
+        let found = get(&["pods", "--namespace", namespace, "--selector", selector])?;
+        let items = found["items"].as_array().context("a list")?;
+        let live = items
+            .iter()
+            .find(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        live.cloned()
+            .with_context(|| format!("a pod of {selector}"))
+    };
+    let object = get(&["namespace", namespace])?;
+    Ok(Seen {
+        uid: object["metadata"]["uid"]
+            .as_str()
+            .context("uid")?
+            .to_owned(),
+        pool: list("sock.dev/pool=equal")?,
+        pod: list("sock.dev/function=equal")?,
+    })
+}
+
+fn annotation<'a>(pod: &'a Value, name: &str) -> Result<&'a str> {
+    let value = pod["metadata"]["annotations"][format!("sock.dev/{name}")].as_str();
+    value.with_context(|| format!("annotation {name}"))
+}
+
+#[test]
+fn two_tenants_with_equal_package_sets_share_nothing() {
+    in_namespace("tenant-a", |first| {
+        in_namespace("tenant-b", |second| {
+            let node = workers()?.into_iter().next().context("a node")?;
+            let mut client = Client::on(&node.other()?)?;
+            for namespace in [first, second] {
+                namespace.apply(&tenant(&node)?)?;
+            }
+            for namespace in [first, second] {
+                namespace.wait_for("function/equal", "Ready", 3 * MINUTE)?;
+            }
+            let (a, b) = (seen(&first.name)?, seen(&second.name)?);
+            for name in ["lock", "digest"] {
+                ensure!(
+                    annotation(&a.pool, name)? == annotation(&b.pool, name)?,
+                    "the sets are not equal"
+                );
+            }
+            let [zygote_a, zygote_b] = [&a, &b].map(|tenant| node.zygote_of(&tenant.pool));
+            let (zygote_a, zygote_b) = (zygote_a?, zygote_b?);
+            ensure!(zygote_a.user_namespace != zygote_b.user_namespace);
+            ensure!(zygote_a.pid_namespace != zygote_b.pid_namespace);
+            ensure!(zygote_a.network_namespace != zygote_b.network_namespace);
+            ensure!(zygote_a.status("Uid")? != zygote_b.status("Uid")?);
+            ensure!(zygote_a.status("PPid")? != zygote_b.status("PPid")?);
+
+            // Directories of one lock: each has its own, with files of its own.
+            let file = |tenant: &Seen| -> Result<String> {
+                let lock = annotation(&tenant.pool, "lock")?;
+                let script = r#"cd "/var/lib/sock/cache/$1/$2/site-packages/idna" && stat -c '%d:%i %h %u %a' __init__.py core.py"#;
+                node.shell(script, &[&tenant.uid, lock])
+            };
+            let (file_a, file_b) = (file(&a)?, file(&b)?);
+            for (line_a, line_b) in file_a.lines().zip(file_b.lines()) {
+                ensure!(line_a != line_b, "one file: {line_a}");
+                ensure!(line_a.contains(" 1 65531 "), "links and owner: {line_a}");
+            }
+            let socket = |tenant: &Seen| -> Result<String> {
+                let digest = annotation(&tenant.pool, "digest")?;
+                let script = r#"stat -c '%i %u %a' "/run/sock/pools/$1/$2" "/run/sock/pools/$1/$2/"*.sock; stat -c %a "/run/sock/pools/$1""#;
+                node.shell(script, &[&tenant.uid, digest])
+            };
+            let (socket_a, socket_b) = (socket(&a)?, socket(&b)?);
+            ensure!(socket_a.lines().count() == 3, "one socket: {socket_a}");
+            ensure!(
+                socket_a != socket_b && socket_a.contains(" 0 700"),
+                "{socket_a}"
+            );
+
+            // Memory: a leaf shares with its own zygote, and with no other.
+            let mut leaves = Vec::new();
+            for tenant in [&a, &b] {
+                let answer = forked(&mut client, address(&tenant.pod)?, "/")?;
+                let packages = answer["packages"].to_string();
+                ensure!(packages.contains("idna"), "{packages}");
+                let found = node.interpreters_of(&tenant.pod)?;
+                leaves.push(found.into_iter().next().context("a leaf")?.pid);
+            }
+            let scanner = node.install(env!("CARGO_BIN_EXE_sock-e2e-memory").as_ref())?;
+            let shared = |one: u32, other: u32| -> Result<u64> {
+                let script = r#"exec "$1" frames "$2" "$3""#;
+                let said = node.shell(script, &[&scanner, &one.to_string(), &other.to_string()])?;
+                Ok(said.trim().parse()?)
+            };
+            for (zygote, leaf) in [(&zygote_a, leaves[0]), (&zygote_b, leaves[1])] {
+                let frames = shared(zygote.pid, leaf)?;
+                ensure!(
+                    frames > 100,
+                    "a leaf shares {frames} frames with its zygote"
+                );
+            }
+            for (zygote, leaf) in [(&zygote_a, leaves[1]), (&zygote_b, leaves[0])] {
+                let frames = shared(zygote.pid, leaf)?;
+                ensure!(
+                    frames == 0,
+                    "a leaf shares {frames} frames with another tenant's zygote"
+                );
+            }
+            ensure!(
+                shared(zygote_a.pid, zygote_b.pid)? == 0,
+                "zygotes share frames"
+            );
+
+            another_tenant_is_not_named(second, &a)
+        });
+        Ok(())
+    });
+}
+
+/// Annotations that name a tenant, written by hand in another namespace.
+fn another_tenant_is_not_named(namespace: &Namespace, other: &Seen) -> Result<()> {
+    let mut pod = other.pod.clone();
+    pod["metadata"] = json!({
+        "name": "forged", "namespace": namespace.name, "annotations": other.pod["metadata"]["annotations"],
+    });
+    let spec = pod["spec"].as_object_mut().context("spec")?;
+    for name in ["nodeName", "serviceAccountName", "serviceAccount"] {
+        spec.remove(name);
+    }
+    pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": other.pod["spec"]["nodeName"]});
+    pod["status"] = json!({});
+    let refused = kubectl_with(&["create", "-f", "-"], &pod.to_string());
+    let said = format!("{:#}", refused.err().context("the pod was admitted")?);
+    ensure!(
+        said.contains("may not set or change the annotations"),
+        "{said}"
+    );
+
+    // Nor after its creation, by any of the ways to change a pod.
+    let mut plain = manifest::busybox("plain", &[("main", "exec sleep 1000")]);
+    plain["spec"]["terminationGracePeriodSeconds"] = json!(0);
+    namespace.apply(&[plain])?;
+    let patch = json!({"metadata": {"annotations": {"sock.dev/function": "main"}}}).to_string();
+    for subresource in ["", "--subresource=status"] {
+        let mut arguments = vec!["patch", "pod", "plain", "--type=merge", "--patch", &patch];
+        arguments.extend(Some(subresource).filter(|s| !s.is_empty()));
+        let said = format!(
+            "{:#}",
+            namespace.kubectl(&arguments).err().context("patched")?
+        );
+        ensure!(
+            said.contains("may not set or change the annotations"),
+            "{subresource}: {said}"
+        );
+    }
+    for subresource in ["--subresource=resize", "--subresource=ephemeralcontainers"] {
+        // These take nothing of a pod but what they are for.
+        let _ = namespace.kubectl(&[
+            "patch",
+            "pod",
+            "plain",
+            "--type=merge",
+            "--patch",
+            &patch,
+            subresource,
+        ]);
+    }
+    let plain = namespace.get(&["pod", "plain"])?;
+    ensure!(
+        annotation(&plain, "function").is_err(),
+        "{}",
+        plain["metadata"]
+    );
+
+    // Past admission, as the controller of ReplicaSets is let past it, the shim refuses a tenant of another namespace.
+    kubectl_with(
+        &[
+            "create",
+            "--as=system:serviceaccount:kube-system:replicaset-controller",
+            "-f",
+            "-",
+        ],
+        &pod.to_string(),
+    )?;
+    until("the shim has refused the forged pod", 2 * MINUTE, || {
+        let pod = namespace.get(&["pod", "forged"])?;
+        let state = pod["status"]["containerStatuses"].to_string();
+        ensure!(!state.contains("\"running\""), "it runs: {state}");
+        Ok(state.contains("is the tenant of namespace").then_some(()))
+    })
+}
+
+/// The node's end of a pod's interface.
+fn interface(node: &Node, pod: &Value) -> Result<String> {
+    // Zygotes and leaves have empty networks of their own; the shim and the holder are in the pod's.
+    let mut found = node.processes_of(pod)?;
+    found.retain(|process| !process.is_interpreter());
+    let holder = found.first().context("a process of the pod")?;
+    let pid = holder.pid.to_string();
+    let script = r#"link=$(nsenter --target "$1" --net ip -o link show eth0 | sed 's/.*@if\([0-9]*\):.*/\1/')
+        ip -o link | awk -F': ' -v n="$link" '$1 == n { sub(/@.*/, "", $2); print $2 }'"#;
+    let name = node.shell(script, &[&pid])?.trim().to_owned();
+    ensure!(
+        !name.is_empty(),
+        "no interface of {}",
+        pod["metadata"]["name"]
+    );
+    Ok(name)
+}
+
+/// A rule on a node that is gone with this value.
+struct Refusal<'a>(&'a Node, [String; 7]);
+
+impl<'a> Refusal<'a> {
+    fn new(node: &'a Node, interface: &str, to: &str) -> Result<Self> {
+        let rule = [
+            "FORWARD",
+            "--in-interface",
+            interface,
+            "--destination",
+            to,
+            "--jump",
+            "DROP",
+        ];
+        let rule = rule.map(str::to_owned);
+        let arguments: Vec<&str> = rule.iter().map(String::as_str).collect();
+        node.shell(r#"exec iptables --wait --insert "$@""#, &arguments)?;
+        Ok(Self(node, rule))
+    }
+}
+
+impl Drop for Refusal<'_> {
+    fn drop(&mut self) {
+        let arguments: Vec<&str> = self.1.iter().map(String::as_str).collect();
+        let _ = self
+            .0
+            .shell(r#"exec iptables --wait --delete "$@""#, &arguments);
+    }
+}
+
+#[test]
+fn packets_of_a_leaf_leave_by_its_pods_interface_and_a_rule_there_stops_them() {
+    in_namespace("packets", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let mut echo = manifest::echo("echo");
+        echo[0]["spec"]["nodeName"] = json!(node.other()?.name);
+        namespace.apply(&echo)?;
+        namespace.serve("equal", &tenant(&node)?)?;
+        namespace.wait_for("pod/echo", "Ready", MINUTE)?;
+        let echo = namespace.get(&["pod", "echo"])?;
+        let to = address(&echo)?.to_owned();
+        let tenant = seen(&namespace.name)?;
+        let own = address(&tenant.pod)?.to_owned();
+        let mut client = Client::on(&node.other()?)?;
+        forked(&mut client, &own, "/")?;
+
+        let interfaces = [
+            interface(&node, &tenant.pod)?,
+            interface(&node, &tenant.pool)?,
+        ];
+        ensure!(interfaces[0] != interfaces[1], "{interfaces:?}");
+        let received = || -> Result<[u64; 2]> {
+            let script = r#"for i in "$@"; do cat "/sys/class/net/$i/statistics/rx_packets"; done"#;
+            let said = node.shell(script, &[&interfaces[0], &interfaces[1]])?;
+            let mut numbers = said.lines().map(str::parse);
+            Ok([
+                numbers.next().context("a number")??,
+                numbers.next().context("a number")??,
+            ])
+        };
+        let before = received()?;
+        let path = format!("/?to={to}&count=500");
+        forked(&mut client, &own, &path)?;
+        let after = received()?;
+        let (pod, pool) = (after[0] - before[0], after[1] - before[1]);
+        ensure!(pod >= 500, "{pod} packets came by the pod's interface");
+        ensure!(
+            pool < 100,
+            "{pool} packets came by the interface of the pool"
+        );
+
+        // What a network policy is made of.
+        let connect = format!("/?connect={to}");
+        let connected = |client: &mut Client| -> Result<Value> {
+            Ok(forked(client, &own, &connect)?["connected"].take())
+        };
+        ensure!(connected(&mut client)? == true);
+        let rule = Refusal::new(&node, &interfaces[1], &to)?;
+        ensure!(
+            connected(&mut client)? == true,
+            "a rule for the pool's pod stops the leaf"
+        );
+        drop(rule);
+        let rule = Refusal::new(&node, &interfaces[0], &to)?;
+        let refused = connected(&mut client)?;
+        ensure!(refused == "TimeoutError", "{refused}");
+        drop(rule);
+        ensure!(connected(&mut client)? == true);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_namespace_made_again_finds_nothing_of_the_old_one() {
+    in_namespace("again", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let name = &namespace.name;
+        namespace.serve("equal", &tenant(&node)?)?;
+        let old = seen(name)?;
+        let lock = annotation(&old.pool, "lock")?.to_owned();
+        let zygote = node.zygote_of(&old.pool)?;
+        // Something that only the old one has.
+        let entry = format!("/var/lib/sock/cache/{}/{lock}/site-packages", old.uid);
+        node.shell(r#"touch "$1/of_the_old_one.py""#, &[&entry])?;
+
+        kubectl(&["delete", "namespace", name, "--wait=true", "--timeout=120s"])?;
+        apply(&[json!({
+            "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {
+                "sock-e2e": "test", "pod-security.kubernetes.io/enforce": "restricted",
+            }},
+        })])?;
+        namespace.serve("equal", &tenant(&node)?)?;
+        let new = seen(name)?;
+        ensure!(new.uid != old.uid);
+        ensure!(annotation(&new.pool, "lock")? == lock);
+        ensure!(annotation(&new.pod, "tenant")? == new.uid);
+        let made_again = node.zygote_of(&new.pool)?;
+        ensure!(made_again.pid != zygote.pid);
+        ensure!(
+            made_again.user_namespace != zygote.user_namespace
+                || node.processes(&[zygote.pid])?.is_empty()
+        );
+        ensure!(made_again.status("Uid")? != zygote.status("Uid")?);
+        let mut client = Client::on(&node.other()?)?;
+        let answer = forked(&mut client, address(&new.pod)?, "/")?;
+        let found = format!("{} {}", answer["mounts"], answer["packages"]);
+        ensure!(
+            found.contains(&new.uid),
+            "its own cache is mounted: {found}"
+        );
+        ensure!(
+            !found.contains(&old.uid) && !found.contains("of_the_old_one"),
+            "{found}"
+        );
+        until("the old one's sockets are gone", MINUTE, || {
+            let path = format!("/run/sock/pools/{}", old.uid);
+            Ok(node.shell(r#"test ! -e "$1""#, &[&path]).ok())
+        })?;
+        until("the old one's packages are gone", 3 * MINUTE, || {
+            Ok(node.shell(r#"test ! -e "$1""#, &[&entry]).ok())
+        })?;
+        Ok(())
+    });
+}
