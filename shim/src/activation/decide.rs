@@ -83,7 +83,8 @@ pub enum Input {
     Closed(Leaf, Conn),
     /// The leaf broke the protocol or does not take messages.
     Unruly(Leaf),
-    /// Nothing of the leaf runs any more. `untouched`: no byte was read from the connection it held.
+    /// Nothing of the leaf runs any more. `untouched`: no byte was read from the connection it held since the
+    /// hand-over or the last answer.
     Ended {
         /// Which.
         leaf: Leaf,
@@ -103,7 +104,8 @@ pub enum Action {
     Fork(Leaf),
     /// Give the connection to the leaf.
     HandOver(Conn, Leaf),
-    /// A further request began on a connection that the leaf held: remember what was sent until now.
+    /// A request was answered, or a further one began, on a connection that the leaf holds: remember what was
+    /// sent and read until now.
     Mark(Conn),
     /// Ask the leaf for the connection back.
     Park(Leaf, Conn),
@@ -264,7 +266,7 @@ impl Dispatcher {
             }
             Input::Ready(leaf) => self.ready(now, leaf),
             Input::Began(leaf, conn) => self.began(now, leaf, conn, &mut actions),
-            Input::Done(leaf, conn) => self.done(now, leaf, conn),
+            Input::Done(leaf, conn) => self.done(now, leaf, conn, &mut actions),
             Input::Parked(leaf, conn) => self.parked(now, leaf, conn, &mut actions),
             Input::Closed(leaf, conn) => {
                 if self.release(now, leaf, conn).is_some() {
@@ -398,7 +400,7 @@ impl Dispatcher {
         }
     }
 
-    fn done(&mut self, now: Instant, leaf: Leaf, conn: Conn) {
+    fn done(&mut self, now: Instant, leaf: Leaf, conn: Conn, actions: &mut Vec<Action>) {
         let between = now + self.rules.park_after + BETWEEN_REQUESTS;
         let reuse = self.rules.reuse;
         let Some(held) = self.held_mut(leaf, conn) else {
@@ -408,8 +410,9 @@ impl Dispatcher {
             return;
         }
         held.request = Request::Between { deadline: between };
-        if reuse == Reuse::Never
-            && let Some(stage) = self.stage_mut(leaf)
+        if reuse == Reuse::Always {
+            actions.push(Action::Mark(conn));
+        } else if let Some(stage) = self.stage_mut(leaf)
             && !matches!(stage, Stage::Leaving { .. })
         {
             *stage = Stage::Leaving {
@@ -484,6 +487,14 @@ impl Dispatcher {
                 _ => Answer::Crashed,
             };
             match held.request {
+                // The client may be sending its next request at this moment.
+                Request::Between { .. } if matches!(state.stage, Stage::Ready) => {
+                    actions.push(if untouched {
+                        Action::Watch(conn)
+                    } else {
+                        Action::Answer(conn, verdict)
+                    });
+                }
                 Request::Between { .. } => actions.push(Action::Close(conn)),
                 Request::Handed { .. }
                     if untouched

@@ -6,6 +6,8 @@ mod pod;
 
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use pod::{Script, get, in_pod};
 use sock_shim::activation::StartError;
 use sock_shim::activation::decide::Reuse;
@@ -39,6 +41,30 @@ fn an_idle_connection_outlives_its_leaf() {
         assert_eq!(third.status, 200);
         assert_ne!(third.leaf, first.leaf);
         drop(client);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+/// A client that sends its next request at the moment at which the leaf ends has done nothing wrong.
+#[test]
+fn a_request_that_a_killed_leaf_has_not_read_is_served_by_another() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let first = get(&mut client, "/hello").await;
+        pod.until("the first request is counted", || {
+            activation.stats().requests.get(&200) == Some(&1)
+        })
+        .await;
+        let leaf = i32::try_from(first.leaf).ok().and_then(Pid::from_raw);
+        let leaf = leaf.expect("a process number");
+        kill_process(leaf, Signal::STOP).expect("stop");
+        pod::send(&mut client, "/hello").await;
+        kill_process(leaf, Signal::KILL).expect("kill");
+        let second = pod::answer(&mut client).await;
+        assert_eq!(second.status, 200, "{second:?}");
+        assert_ne!(second.leaf, first.leaf);
         activation.stop(Duration::from_secs(5)).await;
         pod.nothing_is_left();
     });

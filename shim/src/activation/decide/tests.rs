@@ -224,8 +224,32 @@ fn a_leaf_that_ends_in_a_request_leaves_its_connection_to_be_answered() {
 }
 
 #[test]
-fn a_leaf_that_ends_between_requests_just_loses_its_connection() {
+fn a_connection_outlives_a_leaf_that_ends_between_requests() {
     let mut bench = Bench::new(rules());
+    let leaf = bench.busy_leaf(A);
+    assert_eq!(bench.say(Input::Done(leaf, A)), [Action::Mark(A)]);
+    let untouched = Input::Ended {
+        leaf,
+        untouched: true,
+    };
+    assert_eq!(bench.say(untouched), [Action::Watch(A)]);
+    assert_eq!(bench.say(Input::Readable(A)), [Action::Fork(Leaf(1))]);
+}
+
+#[test]
+fn a_leaf_that_ends_with_a_request_that_it_has_not_told_of_leaves_it_to_be_answered() {
+    let mut bench = Bench::new(rules());
+    let leaf = bench.busy_leaf(A);
+    bench.say(Input::Done(leaf, A));
+    assert_eq!(bench.say(ended(leaf)), [Action::Answer(A, Answer::Crashed)]);
+}
+
+#[test]
+fn a_leaf_that_exits_after_its_only_request_takes_its_connection_along() {
+    let mut bench = Bench::new(Rules {
+        reuse: Reuse::Never,
+        ..rules()
+    });
     let leaf = bench.busy_leaf(A);
     bench.say(Input::Done(leaf, A));
     assert_eq!(bench.say(ended(leaf)), [Action::Close(A)]);
@@ -407,7 +431,10 @@ fn a_stop_lets_requests_finish_and_ends_the_leaves() {
         [Action::Watch(A), Action::HandOver(B, leaf)]
     );
     bench.say(Input::Began(leaf, B));
-    assert_eq!(bench.say(Input::Done(leaf, B)), [Action::Park(leaf, B)]);
+    assert_eq!(
+        bench.say(Input::Done(leaf, B)),
+        [Action::Mark(B), Action::Park(leaf, B)]
+    );
     assert_eq!(
         bench.say(Input::Parked(leaf, B)),
         [Action::Watch(B), Action::End(leaf)]
@@ -577,7 +604,8 @@ impl World {
         };
         self.say(Input::Ended {
             leaf,
-            untouched: untouched && !sim.began,
+            // An answered request leaves the connection as untouched as one that nobody has read.
+            untouched: untouched && (!sim.began || sim.requests % 2 == 1),
         });
     }
 
