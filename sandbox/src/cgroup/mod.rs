@@ -6,6 +6,7 @@
 
 mod limits;
 mod systemd;
+mod tracking;
 
 use std::fs;
 use std::io::Write;
@@ -17,6 +18,8 @@ use oci_spec::runtime::LinuxResources;
 
 use crate::error::Step;
 use crate::{Error, Result};
+
+pub use tracking::follow;
 
 /// Of a directory, in bytes (`NAME_MAX`).
 const LONGEST_NAME: usize = 255;

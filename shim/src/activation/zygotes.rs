@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use sock_sandbox::cgroup::{Cgroup, follow};
 use sock_zygote::protocol::LeafSetup;
 use sock_zygote::{
     Arrived, Attachment, Confining, ForkOrigin, FunctionRoot, SealedSetup, SetupFds, inject_sockets,
@@ -90,6 +91,33 @@ pub struct Pools {
     attached: Mutex<Option<Rc<Attached>>>,
     /// The one given up last: its broker may go on as if nothing were amiss.
     given_up: GivenUp,
+    container: Option<Rc<Container>>,
+}
+
+/// Where leaves stay when their zygote's pod goes.
+#[derive(Debug)]
+struct Container {
+    cgroup: Cgroup,
+    init: i32,
+}
+
+/// A leaf that is on its way into the pod when its zygote ends is there by then.
+const ARRIVED_WITHIN: Duration = Duration::from_secs(1);
+
+impl Container {
+    /// Takes leaves out of the scope of a zygote that is gone, before systemd ends all that is in it.
+    async fn keep_leaves(&self) {
+        for pause in [ARRIVED_WITHIN, Duration::ZERO] {
+            let kept = self
+                .cgroup
+                .processes()
+                .and_then(|leaves| follow(self.init, &leaves));
+            if let Err(error) = kept {
+                tracing::warn!(%error, "leaves of a zygote that is gone may be killed with its pod");
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
 }
 
 type GivenUp = Rc<RefCell<Option<(PathBuf, Instant)>>>;
@@ -126,7 +154,15 @@ impl Pools {
             pod,
             attached: Mutex::new(None),
             given_up: GivenUp::default(),
+            container: None,
         })
+    }
+
+    /// Keeps leaves in this container when their zygote ends. `init` is a process that is wholly in it.
+    #[must_use]
+    pub fn staying_in(self, cgroup: Cgroup, init: i32) -> Pools {
+        let container = Some(Rc::new(Container { cgroup, init }));
+        Pools { container, ..self }
     }
 
     async fn find(&self) -> Option<Rc<Attached>> {
@@ -164,6 +200,7 @@ impl Pools {
                     root,
                     Rc::clone(&self.pod),
                     Rc::clone(&self.given_up),
+                    self.container.clone(),
                 ));
                 *attached = Some(Rc::clone(&zygote));
                 Some(zygote)
@@ -188,6 +225,7 @@ impl Attached {
         root: FunctionRoot,
         pod: Rc<Pod>,
         given_up: GivenUp,
+        container: Option<Rc<Container>>,
     ) -> Attached {
         let attachment = Rc::new(attachment);
         let watched = Rc::clone(&attachment);
@@ -195,6 +233,9 @@ impl Attached {
         let listening = tokio::task::spawn_local(async move {
             let error = watched.zygote.ended().await;
             tracing::info!(path = %watched.path.display(), %error, "zygote is gone");
+            if let Some(container) = container {
+                tokio::task::spawn_local(async move { container.keep_leaves().await });
+            }
         });
         Attached {
             attachment,

@@ -90,7 +90,10 @@ impl FunctionContainer {
             Some(name) => {
                 let mounts = namespace::of_process(container.init.pid(), "mnt")?;
                 let pools = Pools::new(name.pools(Path::new(POOLS)), mounts, &setup);
-                Some(Rc::new(pools.map_err(Failure::unknown)?))
+                let pools = pools.map_err(Failure::unknown)?;
+                Some(Rc::new(
+                    pools.staying_in(cgroup.clone(), container.init.pid()),
+                ))
             }
             None => None,
         };
