@@ -2,7 +2,7 @@
 //! Both are found by the variables that `e2e/cluster/env` prints.
 
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -18,6 +18,14 @@ const PROGRAM: &str = "/usr/local/bin/sock-bench";
 /// With its last line of standard error.
 pub fn kubectl(arguments: &[&str]) -> Result<String> {
     run("kubectl", arguments, None)
+}
+
+/// Runs docker, which a node of kind is a container of.
+///
+/// # Errors
+/// With what it says.
+pub fn docker(arguments: &[&str]) -> Result<String> {
+    run("docker", arguments, None)
 }
 
 /// Makes the objects be as stated.
@@ -174,6 +182,19 @@ pub struct Equipped {
 }
 
 impl Equipped {
+    /// Starts a job that goes on: its input and its output are the caller's.
+    ///
+    /// # Errors
+    /// If docker does not run.
+    pub fn start(&self, job: &str) -> Result<Child> {
+        Command::new("docker")
+            .args(["exec", "-i", &self.node.name, PROGRAM, "node", job])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("running docker")
+    }
+
     /// # Errors
     /// What the job says.
     pub fn job<R: DeserializeOwned>(&self, job: &str, document: &impl Serialize) -> Result<R> {

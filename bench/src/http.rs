@@ -1,7 +1,7 @@
 //! A client for HTTP/1.1 that adds as little as possible to what it measures: blocking sockets, one
 //! write for a request, answers of a known length.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
@@ -80,6 +80,8 @@ pub struct Answer {
     pub status: u16,
     /// All of it.
     pub body: Vec<u8>,
+    /// The server takes no further request on this connection.
+    pub last: bool,
 }
 
 /// A connection, used for one request after the other.
@@ -93,9 +95,21 @@ impl Connection {
     /// # Errors
     /// What `connect(2)` says.
     pub fn open(address: SocketAddr) -> std::io::Result<Connection> {
-        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        Connection::open_within(address, PATIENCE, PATIENCE)
+    }
+
+    /// The same with less patience: for the connection, and for each piece of an answer.
+    ///
+    /// # Errors
+    /// What `connect(2)` says.
+    pub fn open_within(
+        address: SocketAddr,
+        connection: Duration,
+        answer: Duration,
+    ) -> std::io::Result<Connection> {
+        let stream = TcpStream::connect_timeout(&address, connection)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(answer))?;
         Ok(Connection {
             stream,
             buffer: Vec::with_capacity(16 * 1024),
@@ -107,8 +121,38 @@ impl Connection {
     /// # Errors
     /// If the connection ends early, or what comes is no answer of a known length.
     pub fn ask(&mut self, request: &Numbered) -> Result<Answer> {
-        self.stream.write_all(&request.bytes).context("sending")?;
-        let (status, head, length) = loop {
+        self.send(request).context("sending")?;
+        self.receive()
+    }
+
+    /// Whether the server has closed it, or said something unasked.
+    pub fn is_over(&mut self) -> bool {
+        if !self.buffer.is_empty() || self.stream.set_nonblocking(true).is_err() {
+            return true;
+        }
+        let silent = matches!(self.stream.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock);
+        !silent || self.stream.set_nonblocking(false).is_err()
+    }
+
+    /// Sends a request.
+    ///
+    /// # Errors
+    /// If the connection has ended: then the server has not got the whole of it.
+    pub fn send(&mut self, request: &Numbered) -> std::io::Result<()> {
+        self.stream.write_all(&request.bytes)
+    }
+
+    /// Waits for the whole answer.
+    ///
+    /// # Errors
+    /// If the connection ends early, or what comes is no answer of a known length.
+    pub fn receive(&mut self) -> Result<Answer> {
+        let Head {
+            status,
+            head,
+            length,
+            last,
+        } = loop {
             if let Some(head) = head(&self.buffer)? {
                 break head;
             }
@@ -119,7 +163,7 @@ impl Connection {
         }
         let rest = self.buffer.split_off(head + length);
         let body = std::mem::replace(&mut self.buffer, rest).split_off(head);
-        Ok(Answer { status, body })
+        Ok(Answer { status, body, last })
     }
 
     fn more(&mut self) -> Result<()> {
@@ -132,8 +176,18 @@ impl Connection {
     }
 }
 
-/// Status, length of the head and length of the body, once the head is complete.
-fn head(bytes: &[u8]) -> Result<Option<(u16, usize, usize)>> {
+/// What the head of an answer says.
+struct Head {
+    status: u16,
+    /// Bytes until the body.
+    head: usize,
+    /// Bytes of the body.
+    length: usize,
+    last: bool,
+}
+
+/// `None` until the head is complete.
+fn head(bytes: &[u8]) -> Result<Option<Head>> {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let mut response = httparse::Response::new(&mut headers);
     let httparse::Status::Complete(head) = response.parse(bytes).context("head of the answer")?
@@ -141,13 +195,20 @@ fn head(bytes: &[u8]) -> Result<Option<(u16, usize, usize)>> {
         return Ok(None);
     };
     let status = response.code.context("an answer without a status")?;
-    let length = response
-        .headers
-        .iter()
-        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
+    let value = |name: &str| {
+        let mut headers = response.headers.iter();
+        headers
+            .find(|header| header.name.eq_ignore_ascii_case(name))
+            .map(|header| header.value.trim_ascii())
+    };
+    let length = value("content-length")
         .with_context(|| format!("an answer with status {status} and without content-length"))?;
-    let length = std::str::from_utf8(length.value)?.trim().parse()?;
-    Ok(Some((status, head, length)))
+    Ok(Some(Head {
+        status,
+        head,
+        length: std::str::from_utf8(length)?.parse()?,
+        last: value("connection").is_some_and(|value| value.eq_ignore_ascii_case(b"close")),
+    }))
 }
 
 #[cfg(test)]
@@ -199,6 +260,7 @@ mod tests {
         let answer = |status, body: &str| Answer {
             status,
             body: body.as_bytes().to_vec(),
+            last: false,
         };
         let seventh = request().number(7);
         assert!(seventh.check(&answer(200, "{\"n\":\"8\"}")).is_err());

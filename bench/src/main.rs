@@ -4,6 +4,7 @@
 
 mod cluster;
 mod demo;
+mod faults;
 mod http;
 mod measure;
 mod node;
@@ -16,12 +17,15 @@ mod table;
 mod trace;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "usage:
   sock-bench run [--requests N] [--rounds N] [--out FILE] [--no-trace] [--keep]
       the figures, as a table and as JSON
+  sock-bench faults [--rounds N] [--only FAULT,FAULT] [--away SECONDS] [--out FILE]
+      what each fault costs, and how long until all is whole again; it disturbs the whole cluster
   sock-bench demo NAMESPACE REQUESTS
       each Function of the namespace that the file REQUESTS has a request for, beside the same code on runc
   sock-bench node JOB
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
 fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     match arguments.next().as_deref() {
         Some("run") => run::run(&options(arguments)?),
+        Some("faults") => faults::run(&faults_options(arguments)?),
         Some("demo") => match (arguments.next(), arguments.next()) {
             (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
             _ => bail!(USAGE),
@@ -73,6 +78,39 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<run::Options> 
         }
     }
     Ok(options)
+}
+
+fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults::Options> {
+    let mut options = faults::Options {
+        rounds: 20,
+        faults: faults::ALL.to_vec(),
+        away: Duration::from_secs(120),
+        out: "target/faults.json".into(),
+    };
+    while let Some(option) = arguments.next() {
+        let mut value = || {
+            arguments
+                .next()
+                .with_context(|| format!("{option} needs a value"))
+        };
+        match &*option {
+            "--rounds" => options.rounds = count(&option, &value()?)?,
+            "--only" => options.faults = value()?.split(',').map(fault).collect::<Result<_>>()?,
+            "--away" => options.away = Duration::from_secs(count(&option, &value()?)? as u64),
+            "--out" => options.out = value()?.into(),
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn fault(name: &str) -> Result<faults::Fault> {
+    let mut known = faults::ALL.iter().copied();
+    let found = known.find(|fault| fault.name() == name);
+    found.with_context(|| {
+        let names: Vec<&str> = faults::ALL.iter().map(|fault| fault.name()).collect();
+        format!("--only {name}: there are {}", names.join(", "))
+    })
 }
 
 fn count(option: &str, value: &str) -> Result<usize> {

@@ -3,8 +3,11 @@
 //! kubectl nor docker is in the figures.
 
 pub mod first_answer;
+pub mod kill;
 pub mod load;
 pub mod memory;
+mod processes;
+pub mod traffic;
 
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,6 +26,8 @@ pub fn run(job: &str) -> Result<()> {
         "load" => answer(|asked| load::run(&asked)),
         "first-answer" => answer(|asked| first_answer::run(&asked)),
         "memory" => answer(|asked: Vec<memory::Pod>| memory::run(&asked)),
+        "kill" => answer(|asked| kill::run(&asked)),
+        "traffic" => traffic::run(),
         _ => bail!("no job is called {job}"),
     }
 }
@@ -54,7 +59,8 @@ fn micros(duration: Duration) -> u64 {
 }
 
 /// Microseconds since 1970, as the journal counts.
-fn now() -> u64 {
+#[must_use]
+pub fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, micros)

@@ -1,0 +1,84 @@
+//! Kills one process by SIGKILL, and says which and when.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+
+use super::now;
+use super::processes::{Process, all, sandboxes};
+
+/// A leaf that is not there at this moment may be there at the next.
+const UNTIL_THERE: Duration = Duration::from_secs(5);
+
+/// Who is killed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Victim {
+    /// A leaf of the Function's pod with this UID.
+    Leaf(String),
+    /// The zygote of the pool's pod with this UID.
+    Zygote(String),
+    /// The shim of the pod with this UID.
+    Shim(String),
+    /// The program of this name, of which there is one.
+    Program(String),
+}
+
+/// Who was killed.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Killed {
+    /// As the node numbers it.
+    pub pid: i32,
+    /// Microseconds since 1970, right before the signal.
+    pub at: u64,
+}
+
+/// Kills.
+///
+/// # Errors
+/// If there is no such process.
+pub fn run(victim: &Victim) -> Result<Killed> {
+    let sandboxes = match victim {
+        Victim::Shim(pod) => sandboxes(pod)?,
+        _ => Vec::new(),
+    };
+    let until = Instant::now() + UNTIL_THERE;
+    loop {
+        let found = all()?.into_iter().find(|one| is(one, victim, &sandboxes));
+        if let Some((process, pid)) = found.and_then(|one| Some((Pid::from_raw(one.pid)?, one.pid)))
+        {
+            let at = now();
+            match kill_process(process, Signal::KILL) {
+                Ok(()) => return Ok(Killed { pid, at }),
+                // It ended by itself meanwhile.
+                Err(Errno::SRCH) => {}
+                Err(errno) => bail!("kill {pid}: {errno}"),
+            }
+        }
+        if Instant::now() > until {
+            bail!("there is no such process: {victim:?}");
+        }
+    }
+}
+
+fn is(process: &Process, victim: &Victim, sandboxes: &[String]) -> bool {
+    match victim {
+        Victim::Leaf(pod) => process.cgroup_of_pod(pod).is_some() && process.is_interpreter(),
+        // What it forks lives one PID namespace deeper.
+        Victim::Zygote(pod) => {
+            process.cgroup_of_pod(pod).is_some() && process.is_interpreter() && depth(process) == 2
+        }
+        Victim::Shim(_) => process.is_shim_of(sandboxes),
+        Victim::Program(name) => process.name == *name,
+    }
+}
+
+/// How many PID namespaces see it, from the node's on.
+fn depth(process: &Process) -> usize {
+    let status = fs::read_to_string(process.directory.join("status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("NSpid:"));
+    line.map_or(0, |line| line.split_ascii_whitespace().count() - 1)
+}
