@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench build payload extension images cluster install lint unit fuzz guest e2e test clean distclean
+.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,11 +49,19 @@ guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 	e2e/guest/test
 
 # Tests on the cluster wait more than they compute, but more at once only make each other late.
-# What is left on the nodes is counted last, when all others are over.
+# Those that look at whole nodes come last, one after the other.
 e2e: install ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
-	cargo test --locked -p sock-e2e --test deletion
+	cargo build --locked -p sock-bench && \
+	for alone in faults soak deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+
+faults: install ## what faults cost, many rounds of each: a table, and target/faults.json; FAULTS="--only leaf"
+	cargo build --locked --release -p sock-bench
+	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench faults $(FAULTS)
+
+soak: install ## twenty Functions under load for an hour (SOAK_SECONDS), with an account of what is kept
+	SOAK_SECONDS=$(or $(SOAK_SECONDS),3600) cargo test --locked -p sock-e2e --test soak -- --nocapture
 
 test: lint unit fuzz guest e2e ## the whole suite
 

@@ -117,6 +117,46 @@ def load(name, host, port, path):
     return True
 
 
+def soak(name, host, port, kept=False, size=0, fail_every=0, pause=0.2):
+    """Like `load`, with bodies of a size, and with every answer checked; every so many requests ask for a failure."""
+    end = threading.Event()
+    counts = collections.Counter()
+    body = bytes(index % 251 for index in range(size))
+
+    def ask(connection, number, fails):
+        query = f"/?n={number}" + ("&fail=1" if fails else "")
+        connection.request("POST", query, body, {})
+        response = connection.getresponse()
+        text = response.read()
+        if fails:
+            right = response.status == 500 and json.loads(text)["type"] == "ValueError"
+        else:
+            right = response.status == 200 and json.loads(text) == {"n": number, "sum": sum(body), "size": size}
+        return ("right" if right else f"{response.status} {text[:200]!r}"), response.will_close
+
+    def run():
+        number, connection = 0, None
+        while not end.is_set():
+            number += 1
+            try:
+                connection = connection or connect(host, port, 30)
+                found, closes = ask(connection, number, fail_every and number % fail_every == 0)
+            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+                found, closes = repr(error), True
+            if connection and (closes or not kept):
+                connection.close()
+                connection = None
+            counts[found] += 1
+            end.wait(pause)
+        if connection:
+            connection.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    loads[name] = (end, thread, counts)
+    return True
+
+
 def count(name):
     return dict(loads[name][2])
 
@@ -128,7 +168,7 @@ def stop(name):
     return dict(counts)
 
 
-known = (once, raw, open_, request, send, receive, silence, speak, burst, load, count, stop)
+known = (once, raw, open_, request, send, receive, silence, speak, burst, load, soak, count, stop)
 commands = {function.__name__.rstrip("_"): function for function in known}
 for line in sys.stdin:
     command, arguments = json.loads(line)

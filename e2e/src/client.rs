@@ -256,6 +256,22 @@ impl Client {
         Ok(())
     }
 
+    /// Begins to send one request after the other, and checks every answer: a right one counts as `right`.
+    ///
+    /// `how`: `kept` (connections are used again), `size` (bytes of the body), `fail_every` (each so many-th
+    /// request asks for a failure), `pause` (seconds).
+    ///
+    /// # Errors
+    /// The client does not answer.
+    pub fn soak(&mut self, name: &str, host: &str, port: u16, how: &Value) -> Result<()> {
+        let mut arguments = json!({"name": name, "host": host, "port": port});
+        if let (Some(all), Some(how)) = (arguments.as_object_mut(), how.as_object()) {
+            all.extend(how.clone());
+        }
+        self.ask("soak", &arguments)?;
+        Ok(())
+    }
+
     /// What a load has got until now.
     ///
     /// # Errors

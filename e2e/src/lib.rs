@@ -4,6 +4,7 @@
 
 mod client;
 mod cluster;
+mod inventory;
 pub mod manifest;
 mod namespace;
 mod node;
@@ -11,6 +12,7 @@ mod wait;
 
 pub use client::{Answer, Client, Load};
 pub use cluster::{apply, get, kubectl, kubectl_with, program};
+pub use inventory::{Inventory, inventory, inventory_of_quiet, until_as_before};
 pub use namespace::{Namespace, Security, in_namespace, in_namespace_of};
 pub use node::{Node, Process, is_of_pod, workers};
 pub use wait::{MINUTE, until};
