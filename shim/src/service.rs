@@ -38,8 +38,8 @@ pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
 }
 
 /// Ends and removes all that is left of a container.
-async fn clean(trace: &Trace) {
-    crate::role::zygote::release(&trace.bundle);
+async fn clean(sandbox: &Path, trace: &Trace) {
+    crate::role::zygote::release(sandbox, &trace.id);
     if let (Ok(location), Ok(hierarchies)) = (Location::parse(&trace.cgroup), Hierarchies::detect())
     {
         let cgroup = Cgroup::at(&hierarchies, &location);
@@ -108,7 +108,7 @@ impl Shim for Service {
         }
         // Containers before their sandbox, whose process numbers theirs may be in.
         for trace in left.iter().rev() {
-            clean(trace).await;
+            clean(&self.bundle, trace).await;
         }
         if let Ok(address) = std::fs::read_to_string(self.bundle.join("address")) {
             let _ = std::fs::remove_file(address.trim_start_matches("unix://"));

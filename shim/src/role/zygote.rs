@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ impl ZygoteContainer {
     ///
     /// # Errors
     /// The kernel refuses, for instance user namespaces.
-    pub async fn isolate(&self, spec: &mut Spec, bundle: &Path) -> Result<OwnedFd, Failure> {
+    pub async fn isolate(&self, spec: &mut Spec, id: &str) -> Result<OwnedFd, Failure> {
         let mut own = Spec::default();
         own.set_mounts(None).set_hostname(spec.hostname().clone());
         let mut process = spec.process().clone().unwrap_or_default();
@@ -136,7 +136,7 @@ impl ZygoteContainer {
         })?;
         let _claim = Claim::new(launched.pid);
         crate::home::keep_out(launched.pid);
-        record(bundle, launched.pid)?;
+        record(id, launched.pid)?;
         let made = async {
             if let Some(e) = run_program(&launched).await? {
                 return Err(Failure::unknown(format!(
@@ -319,16 +319,22 @@ impl Drop for NamespaceHolder {
     }
 }
 
-/// The file in a bundle that names the holder, for the `delete` command after a crash of the shim.
+/// Begin of the names of the files that name holders, for the `delete` command after a crash of the shim.
 const HOLDER: &str = "sock-holder";
 
 /// Process number and start time: together they name one process for ever.
-fn record(bundle: &Path, pid: i32) -> Result<(), Failure> {
+fn record(id: &str, pid: i32) -> Result<(), Failure> {
     let started = start_time(pid).ok_or_else(|| Failure::unknown("the zygote's holder is gone"))?;
     Ok(std::fs::write(
-        bundle.join(HOLDER),
+        holder_of(Path::new("."), id),
         format!("{pid} {started}"),
     )?)
+}
+
+/// In the sandbox's bundle, the working directory of the shim's server: containerd may have removed the
+/// container's own when it runs the `delete` command.
+fn holder_of(sandbox: &Path, id: &str) -> PathBuf {
+    sandbox.join(format!("{HOLDER}-{id}"))
 }
 
 fn start_time(pid: i32) -> Option<u64> {
@@ -353,9 +359,9 @@ pub fn recorded(text: &str) -> Option<(i32, u64)> {
     Some((pid, started.parse().ok()?))
 }
 
-/// After a crash: has the holder of a bundle's zygote end with the last leaf.
-pub fn release(bundle: &Path) {
-    let Ok(text) = std::fs::read_to_string(bundle.join(HOLDER)) else {
+/// After a crash: has the holder of a container's zygote end with the last leaf. `sandbox` is the bundle of the pod's sandbox.
+pub fn release(sandbox: &Path, id: &str) {
+    let Ok(text) = std::fs::read_to_string(holder_of(sandbox, id)) else {
         return;
     };
     if let Some((pid, started)) = recorded(&text)

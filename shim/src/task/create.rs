@@ -48,7 +48,7 @@ pub(super) async fn create(
     }
     let mut extra = Vec::new();
     if let Role::Zygote(zygote) = &role {
-        match zygote.isolate(&mut spec, &bundle).await {
+        match zygote.isolate(&mut spec, &request.id).await {
             Ok(control) => extra.push((3, control)),
             Err(e) => {
                 zygote.finish();
