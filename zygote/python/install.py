@@ -89,10 +89,12 @@ def reason(text, index):
         return f"requirement {name}: hash is {got.strip()}, expected {expected.strip()}"
     source = index or "the default index"
     if re.search(r"hint: An index.*?(401 Unauthorized|lack of valid authentication)", flat):
-        return f"{source} wants credentials (401 Unauthorized): name a Secret with username and password in spec.index.secretRef"
+        remedy = "name a Secret with username and password in spec.index.secretRef"
+        return f"{source} wants credentials (401 Unauthorized): {remedy}"
     refused = re.search(r"hint: An index.*?returned an? (40[0-9] \w+)", flat)
     if refused:
-        return f"{source} refuses access ({refused.group(1)}): check spec.index.url and the Secret of spec.index.secretRef"
+        remedy = "check spec.index.url and the Secret of spec.index.secretRef"
+        return f"{source} refuses access ({refused.group(1)}): {remedy}"
     unreachable = re.search(r"error: Request failed after .*?cause: Failed to fetch: (.*)", flat)
     if unreachable:
         why = unreachable.group(1).rpartition("cause: ")[2]

@@ -228,6 +228,35 @@ fn what_warms_up_runs_often_in_the_zygote_and_once_more_in_a_spare() {
 }
 
 #[test]
+fn half_a_line_that_the_zygote_has_printed_is_not_printed_again_by_its_leaves() {
+    const HALF: &str = "import sys\nsys.stdout.write('half a line')\n";
+    // What is still in the buffer goes where the handler can read it.
+    const REPORT: &str = "
+import os, sys
+
+def handler(event, context):
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    before = os.dup(1)
+    os.dup2(write, 1)
+    sys.stdout.flush()
+    os.dup2(before, 1)
+    try:
+        return [os.read(read, 1000).decode()]
+    except BlockingIOError:
+        return ['nothing']
+";
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.warm_up = HALF.into();
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, REPORT, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!(["nothing"]));
+    });
+}
+
+#[test]
 fn a_failing_warm_up_is_named_with_its_line() {
     shim(async {
         let mut setup = zygote_setup(&["json"]);
