@@ -41,8 +41,6 @@ enum Error {
     Signals(std::io::Error),
     #[error("serve probes and metrics on {0}: {1}")]
     Serve(SocketAddr, std::io::Error),
-    #[error("the Lease is lost: another operator goes on")]
-    LeaseLost,
     #[error("the controllers ended by themselves")]
     ControllersEnded,
     #[error("SOCK_OPERATOR_ADDRESS is {0}, which is no address with a port, as in [::]:8080")]
@@ -107,7 +105,8 @@ fn identity() -> String {
     })
 }
 
-/// Waits for the Lease, reconciles as long as it holds, and gives it up when it is told to stop.
+/// Waits for the Lease, reconciles as long as it holds, and gives it up when it is told to stop. One that loses the Lease
+/// waits for it again: a process that ended instead would be started with longer and longer pauses.
 async fn lead(
     client: Client,
     namespace: &str,
@@ -123,17 +122,21 @@ async fn lead(
         leadership.clone(),
     );
     let leading = async {
-        candidate.acquire().await;
-        metrics.leads(true);
-        tracing::info!(identity, "leading");
-        let client = connection::guarded(client, leadership);
-        let context = Arc::new(Context::new(client, &identity, Arc::clone(&metrics)));
-        // The Lease comes first: after a pause of the process it is looked at before anything is written.
-        tokio::select! {
-            biased;
-            () = candidate.hold() => Error::LeaseLost,
-            () = function::run(Arc::clone(&context)) => Error::ControllersEnded,
-            () = package_set::run(context) => Error::ControllersEnded,
+        loop {
+            candidate.acquire().await;
+            metrics.leads(true);
+            tracing::info!(identity, "leading");
+            let client = connection::guarded(client.clone(), leadership.clone());
+            let context = Arc::new(Context::new(client, &identity, Arc::clone(&metrics)));
+            // The Lease comes first: after a pause of the process it is looked at before anything is written.
+            tokio::select! {
+                biased;
+                () = candidate.hold() => {}
+                () = function::run(Arc::clone(&context)) => return Error::ControllersEnded,
+                () = package_set::run(context) => return Error::ControllersEnded,
+            }
+            metrics.leads(false);
+            tracing::warn!("the Lease is lost: nothing is reconciled until it is ours again");
         }
     };
     tokio::select! {

@@ -62,11 +62,6 @@ impl Operator {
         self.stop.take().unwrap().send(()).unwrap();
         (&mut self.task).await.unwrap()
     }
-
-    /// Waits until it ends by itself.
-    pub async fn ends(mut self) -> Result<(), Error> {
-        (&mut self.task).await.unwrap()
-    }
 }
 
 impl Drop for Operator {
