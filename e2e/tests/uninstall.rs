@@ -134,7 +134,13 @@ fn nothing_of_sock_is_left_and_other_pods_run_on() {
             "--timeout=180s",
         ])?;
         let manifests = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifests");
-        kubectl(&["delete", "-k", manifests, "--timeout=120s"])?;
+        kubectl(&[
+            "delete",
+            "-k",
+            manifests,
+            "--ignore-not-found",
+            "--timeout=120s",
+        ])?;
 
         let mut last = Vec::new();
         until("the nodes hold nothing of sock", MINUTE, || {
