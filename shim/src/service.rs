@@ -1,5 +1,6 @@
 //! The three ways containerd runs this binary: `start`, the server itself, and `delete` after a crash.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,11 +40,12 @@ pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
 
 /// Ends and removes all that is left of a container.
 async fn clean(sandbox: &Path, trace: &Trace) {
-    crate::role::zygote::release(sandbox, &trace.id);
+    let mut killed = BTreeSet::new();
     if let (Ok(location), Ok(hierarchies)) = (Location::parse(&trace.cgroup), Hierarchies::detect())
     {
         let cgroup = Cgroup::at(&hierarchies, &location);
         for _ in 0..100 {
+            killed.extend(cgroup.processes().into_iter().flatten());
             let _ = cgroup.kill();
             if cgroup.processes().is_ok_and(|p| p.is_empty()) && cgroup.remove().is_ok() {
                 break;
@@ -51,8 +53,26 @@ async fn clean(sandbox: &Path, trace: &Trace) {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     }
+    // Leaves are a zygote's children until its end, and its holder's only then: told to end earlier, the holder would see no
+    // descendant, end, and take all leaves of the PID namespace along.
+    for _ in 0..100 {
+        if killed.iter().all(|pid| has_ended(*pid)) {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    crate::role::zygote::release(sandbox, &trace.id);
     crate::role::installer::discard_staging(&trace.id);
     crate::uses::end_all(&trace.id);
+}
+
+/// Whether a process is gone, or a zombie, whose children have another parent already (`exit_notify`, kernel/exit.c).
+fn has_ended(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
+        return true;
+    };
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    state.starts_with(['Z', 'X'])
 }
 
 #[async_trait]
@@ -138,5 +158,26 @@ impl Shim for Service {
             }
         });
         TaskService::new(Jobs::new(jobs))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_ended;
+
+    #[test]
+    fn a_zombie_has_ended_and_a_process_that_sleeps_has_not() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .expect("sleep");
+        let pid = i32::try_from(child.id()).expect("a number");
+        assert!(!has_ended(pid));
+        child.kill().expect("a signal");
+        while !has_ended(pid) {
+            std::thread::yield_now();
+        }
+        child.wait().expect("its end");
+        assert!(has_ended(pid));
     }
 }
