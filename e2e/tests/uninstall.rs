@@ -8,11 +8,14 @@ use sock_e2e::{MINUTE, Node, get, in_namespace_of, kubectl, manifest, until, wor
 /// What sock has put on a node, and what it has changed there.
 const TRACES: &str = r#"
 find /opt/sock /var/lib/sock /run/sock /etc/containerd -name '*sock*' 2>/dev/null | sed 's/^/file /'
-grep -l sock /etc/containerd/*.toml /etc/containerd/*/*.toml 2>/dev/null | sed 's/^/config /'
+grep -lE 'runtimes\.sock|containerd\.sock\.v1|shim-sock|/opt/sock|sock\.toml' /etc/containerd/*.toml /etc/containerd/*/*.toml 2>/dev/null | sed 's/^/config /'
 crictl info 2>/dev/null | grep -o 'containerd-shim-sock-v1\|io.containerd.sock[^"]*' | sort -u | sed 's/^/runtime /'
 awk '$2 ~ "sock" && $2 !~ "kubelet" { print "mount", $2 }' /proc/mounts
 for each in /proc/[0-9]*; do
-  tr '\0' ' ' 2>/dev/null <"$each/cmdline" | grep -E '^(/opt/sock|.*containerd-shim-sock|holder)' | sed 's/^/process /'
+  name=$(tr '\0' ' ' 2>/dev/null <"$each/cmdline") || continue
+  case $name in
+    /opt/sock/* | */containerd-shim-sock-v1\ * | holder* | */sock-node\ *) echo "process $name" ;;
+  esac
 done
 true
 "#;
