@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e test clean distclean
+.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -53,8 +53,10 @@ guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 e2e: install ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
-	cargo build --locked -p sock-bench && \
-	for alone in faults soak deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+	for alone in soak deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+
+e2e-faults: install ## every fault once, as tests; six minutes, and not a part of `test` yet
+	cargo build --locked -p sock-bench && RUST_BACKTRACE=0 cargo test --locked -p sock-e2e --test faults -- --test-threads 1
 
 faults: install ## what faults cost, many rounds of each: a table, and target/faults.json; FAULTS="--only leaf"
 	cargo build --locked --release -p sock-bench

@@ -1,6 +1,6 @@
 //! What is on the nodes: processes, mounts, cgroups, files, networks. What a test adds must be gone after it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -55,6 +55,39 @@ pub fn until_as_before(nodes: &[Node], before: &Inventory) -> Result<()> {
         Ok(last.is_empty().then_some(()))
     });
     gone.with_context(|| format!("left behind: {last:#?}"))
+}
+
+/// The same where containers of others were started anew meanwhile, and have other names: there is as much of each kind.
+///
+/// # Errors
+/// There is more.
+pub fn until_as_much(nodes: &[Node], before: &Inventory) -> Result<()> {
+    fn kinds(all: &Inventory) -> BTreeMap<&str, usize> {
+        let mut kinds = BTreeMap::new();
+        for line in all {
+            let thing = line.split_once(": ").map_or("", |(_, thing)| thing);
+            *kinds
+                .entry(thing.split(' ').next().unwrap_or_default())
+                .or_default() += 1;
+        }
+        kinds
+    }
+    until_other_tests_are_gone()?;
+    let most = kinds(before);
+    let mut last: Vec<String> = Vec::new();
+    let gone = until(
+        "there is as much on the nodes as before",
+        3 * MINUTE,
+        || {
+            let now = inventory(nodes)?;
+            last = now.difference(before).cloned().collect();
+            let more = kinds(&now)
+                .into_iter()
+                .any(|(kind, count)| count > most.get(kind).copied().unwrap_or(0));
+            Ok((!more).then_some(()))
+        },
+    );
+    gone.with_context(|| format!("new since then: {last:#?}"))
 }
 
 /// What belongs to tests that ran before is on its way out; the account begins when it is gone.

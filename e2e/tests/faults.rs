@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
-    Client, MINUTE, in_namespace, inventory_of_quiet, manifest, program, until, until_as_before,
+    Client, MINUTE, in_namespace, inventory_of_quiet, manifest, program, until, until_as_much,
     workers,
 };
 
@@ -109,7 +109,7 @@ fn every_fault_costs_what_is_promised_and_leaves_nothing() -> Result<()> {
             report["left"]
         );
     }
-    until_as_before(&nodes, &before)
+    until_as_much(&nodes, &before)
 }
 
 /// systemd asks what is left in the scope of a zygote's container to end, kills it after 90 s, and keeps the
