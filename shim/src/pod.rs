@@ -178,12 +178,7 @@ impl Pod {
                     .split_whitespace()
                     .filter_map(|p| p.parse::<i32>().ok())
                 {
-                    let orphan = !known.contains(&pid)
-                        && std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| {
-                            s.rsplit(')')
-                                .next()
-                                .is_some_and(|r| r.trim_start().starts_with('Z'))
-                        });
+                    let orphan = !known.contains(&pid) && crate::children::has_ended(pid);
                     if orphan && !crate::children::expected(pid) {
                         // SAFETY: reaps one child; its status interests nobody.
                         unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::WNOHANG) };

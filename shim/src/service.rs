@@ -56,7 +56,7 @@ async fn clean(sandbox: &Path, trace: &Trace) {
     // Leaves are a zygote's children until its end, and its holder's only then: told to end earlier, the holder would see no
     // descendant, end, and take all leaves of the PID namespace along.
     for _ in 0..100 {
-        if killed.iter().all(|pid| has_ended(*pid)) {
+        if killed.iter().all(|pid| crate::children::has_ended(*pid)) {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -64,15 +64,6 @@ async fn clean(sandbox: &Path, trace: &Trace) {
     crate::role::zygote::release(sandbox, &trace.id);
     crate::role::installer::discard_staging(&trace.id);
     crate::uses::end_all(&trace.id);
-}
-
-/// Whether a process is gone, or a zombie, whose children have another parent already (`exit_notify`, kernel/exit.c).
-fn has_ended(pid: i32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else {
-        return true;
-    };
-    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    state.starts_with(['Z', 'X'])
 }
 
 #[async_trait]
@@ -158,26 +149,5 @@ impl Shim for Service {
             }
         });
         TaskService::new(Jobs::new(jobs))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::has_ended;
-
-    #[test]
-    fn a_zombie_has_ended_and_a_process_that_sleeps_has_not() {
-        let mut child = std::process::Command::new("sleep")
-            .arg("1000")
-            .spawn()
-            .expect("sleep");
-        let pid = i32::try_from(child.id()).expect("a number");
-        assert!(!has_ended(pid));
-        child.kill().expect("a signal");
-        while !has_ended(pid) {
-            std::thread::yield_now();
-        }
-        child.wait().expect("its end");
-        assert!(has_ended(pid));
     }
 }
