@@ -63,11 +63,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<run::Options> 
         keep: false,
     };
     while let Some(option) = arguments.next() {
-        let mut value = || {
-            arguments
-                .next()
-                .with_context(|| format!("{option} needs a value"))
-        };
+        let mut value = || value_of(&option, &mut arguments);
         match &*option {
             "--requests" => options.requests = count(&option, &value()?)?,
             "--rounds" => options.rounds = count(&option, &value()?)?,
@@ -88,11 +84,7 @@ fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults:
         out: "target/faults.json".into(),
     };
     while let Some(option) = arguments.next() {
-        let mut value = || {
-            arguments
-                .next()
-                .with_context(|| format!("{option} needs a value"))
-        };
+        let mut value = || value_of(&option, &mut arguments);
         match &*option {
             "--rounds" => options.rounds = count(&option, &value()?)?,
             "--only" => options.faults = value()?.split(',').map(fault).collect::<Result<_>>()?,
@@ -102,6 +94,12 @@ fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults:
         }
     }
     Ok(options)
+}
+
+fn value_of(option: &str, arguments: &mut impl Iterator<Item = String>) -> Result<String> {
+    arguments
+        .next()
+        .with_context(|| format!("{option} needs a value"))
 }
 
 fn fault(name: &str) -> Result<faults::Fault> {

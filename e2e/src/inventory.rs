@@ -48,13 +48,7 @@ pub fn inventory_of_quiet(nodes: &[Node]) -> Result<Inventory> {
 /// # Errors
 /// Something stays.
 pub fn until_as_before(nodes: &[Node], before: &Inventory) -> Result<()> {
-    until_other_tests_are_gone()?;
-    let mut last: Vec<String> = Vec::new();
-    let gone = until("the nodes are as they were", 3 * MINUTE, || {
-        last = inventory(nodes)?.difference(before).cloned().collect();
-        Ok(last.is_empty().then_some(()))
-    });
-    gone.with_context(|| format!("left behind: {last:#?}"))
+    until_settled(nodes, before, |now| now.is_subset(before))
 }
 
 /// The same where containers of others were started anew meanwhile, and have other names: there is as much of each kind.
@@ -72,22 +66,26 @@ pub fn until_as_much(nodes: &[Node], before: &Inventory) -> Result<()> {
         }
         kinds
     }
-    until_other_tests_are_gone()?;
     let most = kinds(before);
+    until_settled(nodes, before, |now| {
+        let mut kinds = kinds(now).into_iter();
+        kinds.all(|(kind, count)| count <= most.get(kind).copied().unwrap_or(0))
+    })
+}
+
+fn until_settled(
+    nodes: &[Node],
+    before: &Inventory,
+    is_settled: impl Fn(&Inventory) -> bool,
+) -> Result<()> {
+    until_other_tests_are_gone()?;
     let mut last: Vec<String> = Vec::new();
-    let gone = until(
-        "there is as much on the nodes as before",
-        3 * MINUTE,
-        || {
-            let now = inventory(nodes)?;
-            last = now.difference(before).cloned().collect();
-            let more = kinds(&now)
-                .into_iter()
-                .any(|(kind, count)| count > most.get(kind).copied().unwrap_or(0));
-            Ok((!more).then_some(()))
-        },
-    );
-    gone.with_context(|| format!("new since then: {last:#?}"))
+    let settled = until("the nodes are as they were", 3 * MINUTE, || {
+        let now = inventory(nodes)?;
+        last = now.difference(before).cloned().collect();
+        Ok(is_settled(&now).then_some(()))
+    });
+    settled.with_context(|| format!("left behind: {last:#?}"))
 }
 
 /// What belongs to tests that ran before is on its way out; the account begins when it is gone.

@@ -30,6 +30,14 @@ fn slow_to_close() -> (TcpStream, OwnedFd) {
     (peer, socket.into())
 }
 
+/// A leaf that was told of its Function.
+fn told(arrived: sock_zygote::Arrived) -> sock_zygote::Confining {
+    let setup = sock_zygote::SealedSetup::new(&support::leaf_setup()).unwrap();
+    arrived
+        .setup(&setup, &sock_zygote::SetupFds::default())
+        .unwrap()
+}
+
 /// How long work takes, and the longest that it keeps other tasks waiting.
 async fn measured<T>(work: impl Future<Output = T>) -> (T, Duration, Duration) {
     let ticks = tokio::task::spawn_local(async {
@@ -292,10 +300,7 @@ fn a_leaf_that_names_another_process_is_found_out() {
         })
         .await
         .unwrap();
-        let setup = sock_zygote::SealedSetup::new(&support::leaf_setup()).unwrap();
-        let confining = arrived
-            .setup(&setup, &sock_zygote::SetupFds::default())
-            .unwrap();
+        let confining = told(arrived);
         protocol::send(&control, &FromLeaf::Confined { phases: vec![] }, &[]).unwrap();
         let cgroup = Cgroup::new();
         let error = confining.confined(Some(&cgroup.0)).await.err().unwrap();
@@ -353,10 +358,7 @@ fn a_listener_that_is_none_is_refused_without_waiting() {
             })
             .await
             .unwrap();
-            let setup = sock_zygote::SealedSetup::new(&support::leaf_setup()).unwrap();
-            let confining = arrived
-                .setup(&setup, &sock_zygote::SetupFds::default())
-                .unwrap();
+            let confining = told(arrived);
             let (_peer, fd) = if slow {
                 let (peer, socket) = slow_to_close();
                 (Some(peer), socket)

@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use crate::Error;
-use crate::api_server::{NAMESPACE, Server};
+use crate::api_server::{Call, NAMESPACE, Server};
 use crate::cluster::Context;
 use crate::contract::{Version, sha256};
 use crate::metrics::Metrics;
@@ -69,6 +69,12 @@ impl Drop for Operator {
         // As a crash does: nothing is given up.
         self.task.abort();
     }
+}
+
+/// How often this was applied.
+pub fn applied(calls: &[Call], what: &str) -> usize {
+    let applies = |call: &&Call| call.verb == "apply" && call.what == what;
+    calls.iter().filter(applies).count()
 }
 
 /// What reconciling needs, without watches and election.

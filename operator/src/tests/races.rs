@@ -78,10 +78,7 @@ async fn a_conflict_that_stays_is_said_and_does_not_make_a_hot_loop() {
         let _operator = Operator::start(&server, "one");
         pass(600).await;
         let calls = server.calls();
-        let times = calls
-            .iter()
-            .filter(|call| call.verb == "apply" && call.what == write);
-        let times = times.count();
+        let times = applied(&calls, &write);
         assert!(
             (8..=20).contains(&times),
             "{write}: {times} times in 10 min"

@@ -63,10 +63,7 @@ async fn a_refused_child_is_said_once_in_the_servers_words() {
         assert_eq!(about.len(), 1, "{about:?}");
         assert!(about[0].1.contains(words));
         let calls = server.calls();
-        let times = calls
-            .iter()
-            .filter(|call| call.verb == "apply" && call.what == write);
-        let times = times.count();
+        let times = applied(&calls, &write);
         assert!(
             (8..=25).contains(&times),
             "{write}: {times} times in 10 min"
@@ -93,11 +90,7 @@ async fn words_that_differ_each_time_make_no_hot_loop() {
     }
     let _operator = Operator::start(&server, "one");
     pass(600).await;
-    let calls = server.calls();
-    let times = calls
-        .iter()
-        .filter(|call| call.what == "deployments/hello" && call.verb == "apply");
-    assert!(times.count() <= 25);
+    assert!(applied(&server.calls(), "deployments/hello") <= 25);
 }
 
 #[tokio::test(start_paused = true)]
@@ -184,13 +177,7 @@ async fn a_server_that_wants_to_be_left_alone_is() {
     let server = cluster();
     server.throttle("apply", "deployments/hello", 1, 30);
     let _operator = Operator::start(&server, "one");
-    let times = |server: &Server| {
-        let calls = server.calls();
-        calls
-            .iter()
-            .filter(|call| call.verb == "apply" && call.what == "deployments/hello")
-            .count()
-    };
+    let times = |server: &Server| applied(&server.calls(), "deployments/hello");
     pass(29).await;
     assert_eq!(times(&server), 1);
     assert_eq!(

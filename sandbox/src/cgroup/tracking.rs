@@ -6,9 +6,9 @@
 //! keeps the pod's slice until then.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::write;
+use super::{below_exactly, init_path, write};
 use crate::Result;
 use crate::error::Step as _;
 
@@ -36,22 +36,16 @@ pub fn follow(host: i32, processes: &[i32]) -> Result<()> {
 
 /// The directory of the version 2 hierarchy, beside version 1, that the process with these cgroups is in.
 fn place(mounts: &str, cgroups: &str) -> Option<PathBuf> {
-    let first = cgroups.lines().any(|line| !line.starts_with("0::"));
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let mount = mounts.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        let mut left = left.split(' ').skip(3);
-        let (root, point) = (left.next()?, left.next()?);
-        right.starts_with("cgroup2 ").then_some((root, point))
-    });
-    let (root, point) = mount.filter(|_| first)?;
-    let below = Path::new(path).strip_prefix(root).ok()?;
-    Some(Path::new(point).join(below))
+    let beside = cgroups.lines().any(|line| !line.starts_with("0::"));
+    beside.then_some(())?;
+    below_exactly(mounts, &[], init_path(cgroups, &[])?)
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const MOUNTS: &str = "50 49 0:30 / /sys/fs/cgroup/memory rw - cgroup memory rw,memory\n\

@@ -59,8 +59,8 @@ pub(super) struct Driver {
     first: RefCell<Option<oneshot::Sender<Result<(), String>>>>,
     pub(super) cgroups: Rc<dyn LeafCgroups>,
     pub(super) output: Rc<Output>,
-    /// How the leaves ended that held these connections, until those are answered.
-    ends: RefCell<HashMap<Conn, End>>,
+    /// The connection of a leaf whose end is being dealt with, and how that ended.
+    ending: Cell<Option<(Conn, End)>>,
     pub(super) interpreter: Rc<dyn Interpreter>,
     pub(super) cold_setup: SealedSetup,
     zygotes: Option<Rc<dyn Zygotes>>,
@@ -91,7 +91,7 @@ impl Driver {
             first: RefCell::new(None),
             cgroups,
             output,
-            ends: RefCell::default(),
+            ending: Cell::new(None),
             interpreter,
             cold_setup,
             zygotes,
@@ -215,7 +215,8 @@ impl Driver {
 
     fn answer(&self, conn: Conn, answer: Answer) {
         let id = request_id();
-        let error = answer.error(self.ends.borrow_mut().remove(&conn));
+        let ending = self.ending.get().filter(|(of, _)| *of == conn);
+        let error = answer.error(ending.map(|(_, end)| end));
         let response = answer.render(&error, &id, SystemTime::now());
         let sent = self.connections.borrow_mut().answer(conn, &response);
         *self
@@ -409,13 +410,9 @@ impl Driver {
         self.leaves.borrow_mut().remove(&leaf);
         let held = slot.held.get();
         let untouched = held.is_some_and(|conn| self.connections.borrow().untouched(conn));
-        if let Some((conn, end)) = held.zip(slot.end.get()) {
-            self.ends.borrow_mut().insert(conn, end);
-        }
+        self.ending.set(held.zip(slot.end.get()));
         self.input(Input::Ended { leaf, untouched });
-        if let Some(conn) = held {
-            self.ends.borrow_mut().remove(&conn);
-        }
+        self.ending.set(None);
     }
 
     pub(super) fn census(&self) -> super::decide::Census {

@@ -1,7 +1,7 @@
 //! How a leaf ended, in words for its client and for the log.
 
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
 /// How a leaf's process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,18 +33,10 @@ const PIDFD_GET_INFO: libc::Ioctl =
     rustix::ioctl::opcode::read_write::<PidfdInfo>(0xff, 11) as libc::Ioctl;
 
 impl End {
-    /// Of the process behind a pidfd, which its parent may have reaped: a leaf's parent is the zygote, not the shim.
-    /// `out_of_memory`: the kernel has killed in its cgroup for want of memory.
-    pub fn of(pidfd: impl AsFd, out_of_memory: bool) -> End {
-        let mut info = PidfdInfo {
-            mask: PIDFD_INFO_EXIT,
-            ..PidfdInfo::default()
-        };
-        // SAFETY: the kernel writes at most the size that is part of the command, which is that of the structure.
-        let asked =
-            unsafe { libc::ioctl(pidfd.as_fd().as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
-        let code = (asked == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code);
-        Self::from_code(code, out_of_memory)
+    /// Of the process behind a pidfd, if there is one, which its parent may have reaped: a leaf's parent is the zygote, not
+    /// the shim. `out_of_memory`: the kernel has killed in its cgroup for want of memory.
+    pub fn of(pidfd: Option<&OwnedFd>, out_of_memory: bool) -> End {
+        Self::from_code(pidfd.and_then(exit_code), out_of_memory)
     }
 
     /// Of a process whose status is known in a shell's form, 128 and more for signals.
@@ -86,6 +78,17 @@ impl fmt::Display for End {
     }
 }
 
+/// In the form of wait(2), if the process has ended and the kernel tells.
+fn exit_code(pidfd: &OwnedFd) -> Option<i32> {
+    let mut info = PidfdInfo {
+        mask: PIDFD_INFO_EXIT,
+        ..PidfdInfo::default()
+    };
+    // SAFETY: the kernel writes at most the size that is part of the command, which is that of the structure.
+    let asked = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
+    (asked == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+}
+
 fn name(signal: i32) -> &'static str {
     match signal {
         libc::SIGABRT => " (SIGABRT)",
@@ -104,7 +107,6 @@ fn name(signal: i32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::OwnedFd;
     use std::process::Command;
 
     /// Runs a shell script and asks after it was reaped.
@@ -117,7 +119,7 @@ mod tests {
         let pidfd: OwnedFd =
             rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).expect("pidfd");
         child.wait().expect("its end");
-        End::of(pidfd, false)
+        End::of(Some(&pidfd), false)
     }
 
     #[test]

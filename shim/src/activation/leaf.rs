@@ -167,11 +167,8 @@ pub(super) async fn run(driver: Rc<Driver>, leaf: Leaf, slot: Rc<Slot>) {
         wait_until_empty(leaf, &**cgroup).await;
         let out_of_memory = cgroup.out_of_memory();
         let process = slot.process.take();
-        slot.end.set(Some(match process {
-            Some(process) => End::of(&*process, out_of_memory),
-            None if out_of_memory => End::OutOfMemory,
-            None => End::Unknown,
-        }));
+        slot.end
+            .set(Some(End::of(process.as_deref(), out_of_memory)));
     }
     // Before the answer, so that whoever looks for the reason in the log finds it.
     if let Some(copying) = copying {
@@ -201,13 +198,14 @@ async fn live(
     let (entered, mut times) = enter(driver, name, slot, cgroup, &streams, begin).await?;
     // The leaf has them now: the copying ends with it.
     drop(streams);
-    driver.output.prepare();
     let (loading, mut sent) = entered;
     if let Some(conn) = unsent(slot, &mut sent)
         && let Some(socket) = driver.socket(conn)
     {
         loading.queue(conn.0, socket.as_fd())?;
     }
+    // While the leaf imports its handler there is time.
+    driver.output.prepare();
     let process = exit_of(&loading)?;
     slot.process.replace(Some(Rc::clone(process.get_ref())));
     let (leaf, import) = unless_ended(&process, loading.ready())
