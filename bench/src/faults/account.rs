@@ -1,6 +1,6 @@
-//! What is on the nodes, counted, to see what a fault has left behind.
+//! What is on the nodes, listed, to see what a fault has left behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -13,36 +13,36 @@ const INVENTORY: &str = include_str!("../../../e2e/src/inventory.sh");
 /// The node installer removes what was last used a minute ago.
 const SETTLED_WITHIN: Duration = Duration::from_secs(150);
 
-/// How many things of a kind each node has: `worker: mount` and so on.
-pub type Account = BTreeMap<String, usize>;
+/// Every thing on the nodes: `worker: mount /run/…` and so on.
+pub type Account = BTreeSet<String>;
 
-/// Counts.
+/// Looks.
 ///
 /// # Errors
 /// If a node does not answer.
-pub fn count(nodes: &[Equipped]) -> Result<Account> {
+pub fn look(nodes: &[Equipped]) -> Result<Account> {
     let mut account = Account::new();
     for node in nodes {
-        for line in node.node.shell(INVENTORY)?.lines() {
-            let kind = line.split(' ').next().unwrap_or_default();
-            *account
-                .entry(format!("{}: {kind}", node.node.name))
-                .or_default() += 1;
-        }
+        let found = node.node.shell(INVENTORY)?;
+        account.extend(
+            found
+                .lines()
+                .map(|line| format!("{}: {line}", node.node.name)),
+        );
     }
     Ok(account)
 }
 
-/// Counts until two counts that are seconds apart are the same.
+/// Looks until nothing has changed for some seconds.
 ///
 /// # Errors
 /// If a node does not answer.
 pub fn settled(nodes: &[Equipped]) -> Result<Account> {
     let deadline = Instant::now() + SETTLED_WITHIN;
-    let mut last = count(nodes)?;
+    let mut last = look(nodes)?;
     loop {
         std::thread::sleep(Duration::from_secs(3));
-        let now = count(nodes)?;
+        let now = look(nodes)?;
         if now == last || Instant::now() > deadline {
             return Ok(now);
         }
@@ -50,38 +50,46 @@ pub fn settled(nodes: &[Equipped]) -> Result<Account> {
     }
 }
 
-/// What is more than it was, once it does not become less any more.
+/// What is more than it was, once it does not become less any more: how many of each kind, and which of these
+/// kinds are new.
 ///
 /// # Errors
 /// If a node does not answer.
-pub fn left(nodes: &[Equipped], before: &Account) -> Result<Account> {
+pub fn left(
+    nodes: &[Equipped],
+    before: &Account,
+) -> Result<(BTreeMap<String, usize>, Vec<String>)> {
     let deadline = Instant::now() + SETTLED_WITHIN;
     loop {
-        let left = more(before, &count(nodes)?);
+        let now = look(nodes)?;
+        let left = more(before, &now);
         if left.is_empty() || Instant::now() > deadline {
-            return Ok(left);
+            let new = now.difference(before);
+            let new = new.filter(|line| left.contains_key(kind(line)));
+            return Ok((left.clone(), new.cloned().collect()));
         }
         std::thread::sleep(Duration::from_secs(2));
     }
 }
 
-/// Pods may have changed their nodes: what one has more the other has less.
-fn more(before: &Account, after: &Account) -> Account {
-    let by_kind = |account: &Account| {
-        let mut kinds = Account::new();
-        for (name, count) in account {
-            let kind = name.rsplit(' ').next().unwrap_or_default();
-            *kinds.entry(kind.to_owned()).or_default() += count;
-        }
-        kinds
-    };
-    let before = by_kind(before);
-    let mut after = by_kind(after);
-    for (kind, count) in &mut after {
-        *count = count.saturating_sub(before.get(kind).copied().unwrap_or(0));
+fn kind(line: &str) -> &str {
+    line.split(' ').nth(1).unwrap_or_default()
+}
+
+/// By kind, since pods have other names in the end, and may have changed their nodes: what one has more the
+/// other has less.
+fn more(before: &Account, after: &Account) -> BTreeMap<String, usize> {
+    let mut more = BTreeMap::<String, usize>::new();
+    for line in after {
+        *more.entry(kind(line).to_owned()).or_default() += 1;
     }
-    after.retain(|_, count| *count > 0);
-    after
+    for line in before {
+        if let Some(count) = more.get_mut(kind(line)) {
+            *count = count.saturating_sub(1);
+        }
+    }
+    more.retain(|_, count| *count > 0);
+    more
 }
 
 #[cfg(test)]
@@ -90,14 +98,12 @@ mod tests {
 
     #[test]
     fn what_moved_to_another_node_is_not_left() {
-        let account = |parts: &[(&str, usize)]| {
-            let parts = parts
-                .iter()
-                .map(|(name, count)| ((*name).to_owned(), *count));
-            parts.collect::<Account>()
-        };
-        let before = account(&[("a: mount", 3), ("b: mount", 2), ("a: shim", 1)]);
-        let after = account(&[("a: mount", 2), ("b: mount", 4), ("b: shim", 1)]);
-        assert_eq!(more(&before, &after), account(&[("mount", 1)]));
+        let account = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect();
+        let before: Account = account(&["a: mount /x", "a: mount /y", "b: shim 1"]);
+        let after = account(&["b: mount /x", "b: mount /z", "a: mount /w", "a: shim 2"]);
+        assert_eq!(
+            more(&before, &after),
+            BTreeMap::from([("mount".to_owned(), 1)])
+        );
     }
 }

@@ -245,30 +245,38 @@ fn restart(worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
     })
 }
 
-/// Leaves no room in `/run`, which is in memory, and has a pod start there. Nothing is written: the file
-/// system is made smaller.
+/// Leaves no room in `/run`, which is in memory, and has a pod start there. The file system is made smaller first,
+/// so that little fills it.
 fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
-    const SHRINK: &str =
-        "used=$(df --output=used -k /run | tail -1); mount -o remount,size=$((used + 16))k /run";
-    const GROW: &str = "mount -o remount,size=50% /run";
+    // What the pod that ends there gives back is taken again at once.
+    const FILL: &str = "used=$(df --output=used -k /run | tail -1); \
+        mount -o remount,size=$((used + 256))k /run; touch /run/filling; \
+        while [ -e /run/filling ]; do \
+            dd if=/dev/zero of=/run/full oflag=append conv=notrunc bs=1k 2>/dev/null; sleep 0.02; \
+        done >/dev/null 2>&1 & \
+        sleep 0.2";
+    const EMPTY: &str = "rm /run/filling; sleep 0.2; rm /run/full; mount -o remount,size=50% /run";
     let mut here = pods.iter().filter(|pod| pod.function.is_some());
     let pod = here
         .find(|pod| pod.node == worker.node.name)
         .context("no pod here")?;
-    let at = now();
-    worker.node.shell(SHRINK)?;
+    worker.node.shell(FILL)?;
     let killed = kill(stage.worker(&pod.node)?, &Victim::Shim(pod.uid.clone()));
-    let seen = killed.and_then(|_| told(pod));
-    worker.node.shell(GROW)?;
+    let seen = if killed.is_ok() {
+        Some(told(pod))
+    } else {
+        None
+    };
+    worker.node.shell(EMPTY)?;
     let mut renewal = Renewal::default();
     renew(&mut renewal, pod);
     Ok(Injected {
-        at,
+        at: killed?.at,
         over: now(),
         renewal,
         worn: Some(pod.clone()),
         served: Some(pod.name.clone()),
-        seen: Some(seen?),
+        seen: seen.transpose()?,
     })
 }
 

@@ -78,6 +78,8 @@ struct Report {
     rounds: Vec<Round>,
     /// Things on the nodes that were not there before, by kind.
     left: BTreeMap<String, usize>,
+    /// What of these kinds is there and was not before.
+    new: Vec<String>,
     /// Rounds that ended otherwise.
     failed: Vec<String>,
 }
@@ -122,6 +124,7 @@ fn inject_all(options: &Options, stage: &mut Stage, progress: &Progress) -> Resu
             fault: fault.name(),
             rounds: Vec::new(),
             left: BTreeMap::new(),
+            new: Vec::new(),
             failed: Vec::new(),
         };
         let rounds = fault.rounds(options.rounds);
@@ -149,7 +152,7 @@ fn inject_all(options: &Options, stage: &mut Stage, progress: &Progress) -> Resu
         }
         stage.steady()?;
         stage.fall_silent()?;
-        report.left = account::left(&stage.workers, &before)?;
+        (report.left, report.new) = account::left(&stage.workers, &before)?;
         if !report.left.is_empty() {
             progress.step(&format!("left by {}: {:?}", fault.name(), report.left));
         }
