@@ -2,7 +2,9 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
-use sock_e2e::{Client, Namespace, Node, in_namespace, is_of_pod, manifest, workers};
+use sock_e2e::{
+    Client, MINUTE, Namespace, Node, in_namespace, is_of_pod, manifest, until, workers,
+};
 
 /// Says how the kernel sees the leaf, and what it can do.
 const REPORT: &str = r#"
@@ -423,6 +425,73 @@ def handler(event, context):
             );
             ensure!(found == 0, "{found} times in {process:#?}");
         }
+        Ok(())
+    });
+}
+
+/// The shim of a pod has a score of its own, and a zygote that of its own pod.
+#[test]
+fn every_process_of_a_pod_is_killed_for_want_of_memory_as_the_pod_says() {
+    in_namespace("oom-score", |namespace| {
+        let request = |memory: &str| json!({"requests": {"memory": memory}});
+        let mut set = manifest::package_set("plain", &["json"]);
+        set["spec"]["resources"] = request("64Mi");
+        let fields = json!({"resources": request("512Mi"), "idle": {"endAfterMs": 1000}});
+        let code =
+            "def handler(event, context):\n    return open('/proc/self/oom_score_adj').read()\n";
+        let function = manifest::with(manifest::function("score", "plain", code), &fields);
+        namespace.serve("score", &[set, function])?;
+        let pod = namespace.pod_of("score")?;
+        let node = Node::of(&pod)?;
+        let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+        let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
+        let mut client = Client::on(&node.other()?)?;
+        let in_pod = |path: &str| -> Result<i32> {
+            let score = namespace.kubectl(&["exec", name, "--", "cat", path])?;
+            Ok(score.trim().parse()?)
+        };
+        // https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction/#node-out-of-memory-behavior
+        let own = in_pod("/proc/1/oom_score_adj")?;
+        ensure!(
+            (2..1000).contains(&own),
+            "a container with a request: {own}"
+        );
+        ensure!(in_pod("/proc/self/oom_score_adj")? == own, "kubectl exec");
+        let warm = client.get(address, 8080, "/")?;
+        ensure!(
+            warm.text()?.trim() == own.to_string(),
+            "a leaf: {warm:?} in place of {own}"
+        );
+
+        let pools = namespace.pods("sock.dev/pool=plain")?;
+        let pool = pools
+            .iter()
+            .find(|pool| pool["spec"]["nodeName"] == node.name.as_str());
+        let zygote = node.zygote_of(pool.context("a pool on the node")?)?;
+        let score = node.shell(
+            r#"cat "/proc/$1/oom_score_adj""#,
+            &[&zygote.pid.to_string()],
+        )?;
+        let score: i32 = score.trim().parse()?;
+        ensure!(
+            own < score && score < 1000,
+            "a zygote that requests less than the Function: {score}, {own}"
+        );
+
+        // Without a zygote an interpreter is started, in the same pod.
+        namespace.kubectl(&["delete", "packageset", "plain", "--wait"])?;
+        until("the zygotes are gone", MINUTE, || {
+            let pools = namespace.pods("sock.dev/pool=plain")?;
+            Ok(pools.is_empty().then_some(()))
+        })?;
+        until("the leaf of the zygote has ended", MINUTE, || {
+            Ok(node.interpreters_of(&pod)?.is_empty().then_some(()))
+        })?;
+        let cold = client.get(address, 8080, "/")?;
+        ensure!(
+            cold.text()?.trim() == own.to_string(),
+            "an interpreter: {cold:?}"
+        );
         Ok(())
     });
 }

@@ -389,6 +389,11 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
     // A cgroup namespace is made once the process is in its cgroup, which becomes the root of it.
     let now = wanted.create & !libc::CLONE_NEWCGROUP;
     let mapping = plan.mapping;
+    let score = plan
+        .spec
+        .process()
+        .as_ref()
+        .and_then(Process::oom_score_adj);
     if wanted.creates(Type::User) && mapping.is_none() {
         return Err(Error::spec(
             "linux.namespaces",
@@ -401,6 +406,7 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
     if let Some(mapping) = mapping {
         map_user(launched.pid, mapping)?;
     }
+    set_oom_score(launched.pid, score)?;
     Ok(launched)
 }
 
@@ -411,9 +417,12 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
 pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
     let prepared = init::Prepared::for_process(plan.process, plan.seccomp)?;
     let pid_namespace = namespace::of_process(plan.target, "pid")?;
-    fork_child(0, Some(pid_namespace), move |caller| {
+    let score = plan.process.oom_score_adj();
+    let launched = fork_child(0, Some(pid_namespace), move |caller| {
         init::further(plan, prepared, caller)
-    })
+    })?;
+    set_oom_score(launched.pid, score)?;
+    Ok(launched)
 }
 
 fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
@@ -424,11 +433,10 @@ fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
     Ok(())
 }
 
-/// Sets how readily the kernel kills a process for want of memory. Lowering needs `CAP_SYS_RESOURCE`; without it the value stays.
-///
-/// # Errors
-/// The process is gone.
-pub fn set_oom_score(pid: i32, score: i32) -> Result<()> {
+/// How readily the kernel kills the process for want of memory: as the pod says, and not as the shim has it, which is never to
+/// be killed. Lowering needs `CAP_SYS_RESOURCE`; without it the value stays.
+fn set_oom_score(pid: i32, score: Option<i32>) -> Result<()> {
+    let Some(score) = score else { return Ok(()) };
     let path = format!("/proc/{pid}/oom_score_adj");
     match std::fs::write(&path, score.to_string()) {
         Err(e) if matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM)) => Ok(()),

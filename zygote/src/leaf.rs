@@ -1,6 +1,8 @@
 //! A leaf as the shim sees it: one type for each state, so that what may be said to it is decided by
 //! the compiler. Its messages are a tenant's word and are checked.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -132,6 +134,9 @@ impl Confining {
     /// `cgroup` (a directory with `cgroup.procs`): only then may its pidfd be trusted to be a leaf
     /// of this pod. `None` for a plain interpreter, which the shim has started itself.
     ///
+    /// The kernel then takes it for want of memory as readily as `oom_score_adj` says (proc_pid_oom_score_adj(5)), and not as
+    /// the zygote, from which it has the value of another pod.
+    ///
     /// Yields the time of each step, and the seccomp listener if sockets are intercepted.
     ///
     /// # Errors
@@ -139,6 +144,7 @@ impl Confining {
     pub async fn confined(
         self,
         cgroup: Option<&Path>,
+        oom_score_adj: Option<i32>,
     ) -> Result<(Loading, Vec<Phase>, Option<OwnedFd>)> {
         let Received {
             message, mut fds, ..
@@ -155,7 +161,7 @@ impl Confining {
         match message {
             FromLeaf::Confined { phases } => {
                 if let Some(cgroup) = cgroup {
-                    self.0.belongs_to(cgroup)?;
+                    self.0.belongs_to(cgroup, oom_score_adj)?;
                 }
                 Ok((Loading(self.0), phases, listener))
             }
@@ -183,7 +189,12 @@ impl Arrived {
     /// If the number is in the cgroup while the pidfd's process lives, they are the same process. The
     /// pidfd of a process that has ended does no harm, whosever it was, and a leaf that lives for one
     /// request may have answered it by now.
-    fn belongs_to(&self, cgroup: &Path) -> Result<()> {
+    fn belongs_to(&self, cgroup: &Path, oom_score_adj: Option<i32>) -> Result<()> {
+        // Opened before it is known whose it is, so that it is that process's and no later one's.
+        let score = oom_score_adj.and_then(|score| {
+            let path = format!("/proc/{}/oom_score_adj", self.pid);
+            Some((File::options().write(true).open(path).ok()?, score))
+        });
         let path = cgroup.join("cgroup.procs");
         let members = std::fs::read_to_string(&path)
             .map_err(|e| Error::path("read the members of", path.clone())(errno(&e)))?;
@@ -193,7 +204,14 @@ impl Arrived {
         };
         let ended = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now))
             .map_err(Error::system("look if the leaf lives (poll)"))?;
-        if ended > 0 || members.lines().any(|line| line.parse() == Ok(self.pid)) {
+        if ended > 0 {
+            return Ok(());
+        }
+        if members.lines().any(|line| line.parse() == Ok(self.pid)) {
+            if let Some((mut file, score)) = score {
+                // It may end now; and without `CAP_SYS_RESOURCE` the value stays.
+                let _ = file.write_all(score.to_string().as_bytes());
+            }
             return Ok(());
         }
         Err(Error::Impostor {

@@ -303,7 +303,11 @@ fn a_leaf_that_names_another_process_is_found_out() {
         let confining = told(arrived);
         protocol::send(&control, &FromLeaf::Confined { phases: vec![] }, &[]).unwrap();
         let cgroup = Cgroup::new();
-        let error = confining.confined(Some(&cgroup.0)).await.err().unwrap();
+        let error = confining
+            .confined(Some(&cgroup.0), Some(-900))
+            .await
+            .err()
+            .unwrap();
         assert!(matches!(error, Error::Impostor { .. }), "{error}");
         victim.kill().unwrap();
         victim.wait().unwrap();
@@ -368,7 +372,7 @@ fn a_listener_that_is_none_is_refused_without_waiting() {
             let confined = FromLeaf::Confined { phases: vec![] };
             protocol::send(&control, &confined, &[fd.as_fd()]).unwrap();
             drop(fd);
-            let (confined, _, gap) = measured(confining.confined(None)).await;
+            let (confined, _, gap) = measured(confining.confined(None, None)).await;
             let error = confined.err().unwrap();
             assert!(matches!(error, Error::Unexpected { .. }), "{error}");
             assert!(gap < SOON, "{gap:?}");

@@ -57,7 +57,7 @@ fn a_plain_interpreter_serves_like_a_forked_leaf() {
             .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
             .unwrap();
         confining.queue(1, served.as_fd()).unwrap();
-        let (loading, _, listener) = confining.confined(None).await.unwrap();
+        let (loading, _, listener) = confining.confined(None, None).await.unwrap();
         assert!(listener.is_none());
         let (leaf, _) = loading.ready().await.unwrap();
         until(&leaf, |e| *e == Event::Parked { conn: 1 }).await;
@@ -83,7 +83,7 @@ fn an_interpreter_of_the_wrong_user_is_refused() {
             .unwrap()
             .setup(&sealed, &SetupFds::default())
             .unwrap();
-        let error = confining.confined(None).await.unwrap_err();
+        let error = confining.confined(None, None).await.unwrap_err();
         assert_eq!(
             error.to_string(),
             "the leaf runs as user 0:0 where 1234567890:1234567890 is due"

@@ -63,6 +63,7 @@ pub(super) struct Driver {
     ending: Cell<Option<(Conn, End)>>,
     pub(super) interpreter: Rc<dyn Interpreter>,
     pub(super) cold_setup: SealedSetup,
+    pub(super) oom_score_adj: Option<i32>,
     zygotes: Option<Rc<dyn Zygotes>>,
 }
 
@@ -74,6 +75,7 @@ impl Driver {
         cgroups: Rc<dyn LeafCgroups>,
         output: Rc<Output>,
         cold_setup: SealedSetup,
+        oom_score_adj: Option<i32>,
     ) -> Driver {
         Driver {
             dispatcher: RefCell::new(Dispatcher::new(rules)),
@@ -94,6 +96,7 @@ impl Driver {
             ending: Cell::new(None),
             interpreter,
             cold_setup,
+            oom_score_adj,
             zygotes,
         }
     }

@@ -308,7 +308,9 @@ async fn fork(
     let sent = told(driver, name, slot, &forked.leaf)?;
     let told = micros(begin);
     let directory = cgroup.directory();
-    let confined = forked.leaf.confined(directory.as_deref());
+    let confined = forked
+        .leaf
+        .confined(directory.as_deref(), driver.oom_score_adj);
     let (loading, phases, listener) =
         within("the way into the pod", CONFINED_WITHIN, confined).await??;
     if let Some(listener) = listener {
@@ -343,7 +345,7 @@ async fn interpreter(
         .setup(&driver.cold_setup, &SetupFds::default())?;
     let sent = told(driver, name, slot, &leaf)?;
     let told = micros(begin);
-    let (loading, phases, _) = leaf.confined(None).await?;
+    let (loading, phases, _) = leaf.confined(None, None).await?;
     Ok((
         (loading, sent),
         times(Origin::Interpreter, 0, told, begin, phases),

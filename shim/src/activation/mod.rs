@@ -61,6 +61,8 @@ pub struct Surroundings {
     /// What every leaf is told. An interpreter is told the same without confinement, since the
     /// container's own start has confined it.
     pub setup: LeafSetup,
+    /// Of the container, so of its leaves.
+    pub oom_score_adj: Option<i32>,
     /// How long to wait for a zygote at the start.
     pub pool_within: Duration,
 }
@@ -81,6 +83,7 @@ impl Surroundings {
             cgroups,
             output,
             setup,
+            oom_score_adj: None,
             pool_within: POOL_WITHIN,
         }
     }
@@ -175,6 +178,7 @@ impl Activation {
             cgroups,
             output,
             mut setup,
+            oom_score_adj,
             pool_within,
         } = surroundings;
         config.complete(&mut setup);
@@ -193,6 +197,7 @@ impl Activation {
             cgroups,
             output,
             cold_setup,
+            oom_score_adj,
         ));
         let timer = tokio::task::spawn_local(Rc::clone(&driver).keep_time());
         let activation = Activation {

@@ -101,13 +101,18 @@ impl FunctionContainer {
             container: Rc::downgrade(container),
         });
         let output = Output::new(stdout, stderr, setup.uid)?;
-        let surroundings = Surroundings::new(
+        let mut surroundings = Surroundings::new(
             zygotes,
             interpreter,
             Rc::new(BelowContainer::new(cgroup)),
             Rc::new(output),
             setup,
         );
+        surroundings.oom_score_adj = container
+            .spec
+            .process()
+            .as_ref()
+            .and_then(ProcessSpec::oom_score_adj);
         let activation = Activation::start(&self.config, surroundings)
             .await
             .map_err(Failure::unknown)?;

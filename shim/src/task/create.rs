@@ -166,13 +166,6 @@ async fn build(
         crate::home::enter(hierarchies, &cgroup);
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
-    if let Some(score) = spec
-        .process()
-        .as_ref()
-        .and_then(oci_spec::runtime::Process::oom_score_adj)
-    {
-        sock_sandbox::launch::set_oom_score(launched.pid, score)?;
-    }
     drop(launched);
     container.init.create().await
 }

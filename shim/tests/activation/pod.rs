@@ -116,6 +116,7 @@ impl Pod {
             cgroups: Rc::new(Cgroups(processes)),
             output: Rc::new(output()),
             setup: self.setup.clone(),
+            oom_score_adj: None,
             pool_within: self.pool_within,
         };
         Activation::start(&self.config, surroundings).await

@@ -615,7 +615,7 @@ impl Function {
         if let Some((conn, fd)) = connection {
             confining.queue(conn, fd)?;
         }
-        let (loading, phases, listener) = confining.confined(Some(&self.cgroup.0)).await?;
+        let (loading, phases, listener) = confining.confined(Some(&self.cgroup.0), None).await?;
         let confined = Instant::now();
         if let Some(listener) = listener {
             tokio::task::spawn_local(async move {
