@@ -13,14 +13,17 @@ use sock_e2e::{
 /// Takes the API server away for as long as a test may wait.
 const AWAY: &str = "20";
 /// May cost no request at all.
-const FREE: [&str; 6] = [
+const FREE: [&str; 7] = [
     "zygote",
     "pool-shim",
     "containerd",
     "kubelet",
     "operator",
     "apiserver",
+    "memory",
 ];
+/// Hits what is on one node, or in one pod.
+const LOCAL: [&str; 3] = ["shim", "disk", "node"];
 
 /// The program that `cargo build -p sock-bench` puts beside the tests'.
 fn bench(arguments: &[&str]) -> Result<()> {
@@ -70,10 +73,12 @@ fn check(fault: &str, round: &Value) -> Result<()> {
                     .all(|answer| answer.starts_with("502 the function's process")),
             "only the request of the killed leaf fails, with 502: {round}"
         ),
-        "shim" => ensure!(
+        "shim" | "disk" => ensure!(
             of("lost")? == 0,
             "only requests that the killed shim was serving are lost: {round}"
         ),
+        // All pods of it were serving.
+        "node" => ensure!(errors == 0, "no request is answered by an error: {round}"),
         free if FREE.contains(&free) => ensure!(
             of("lost")? + of("lost_served")? + of("unsent")? + errors == 0,
             "no request fails: {round}"
@@ -89,13 +94,13 @@ fn every_fault_costs_what_is_promised_and_leaves_nothing() -> Result<()> {
     let before = inventory_of_quiet(&nodes)?;
     let out = std::env::temp_dir().join(format!("sock-faults-{}.json", std::process::id()));
     let path = out.to_string_lossy().into_owned();
-    let faults = format!("leaf,shim,{}", FREE.join(","));
+    let faults = format!("leaf,{},{}", LOCAL.join(","), FREE.join(","));
     bench(&[
         "faults", "--rounds", "1", "--away", AWAY, "--only", &faults, "--out", &path,
     ])?;
     let reports: Vec<Value> = serde_json::from_slice(&std::fs::read(&out)?)?;
     std::fs::remove_file(&out)?;
-    ensure!(reports.len() == FREE.len() + 2, "{reports:?}");
+    ensure!(reports.len() == FREE.len() + LOCAL.len() + 1, "{reports:?}");
     for report in &reports {
         let fault = report["fault"].as_str().context("fault")?;
         let rounds = report["rounds"].as_array().context("rounds")?;
@@ -105,8 +110,9 @@ fn every_fault_costs_what_is_promised_and_leaves_nothing() -> Result<()> {
         }
         ensure!(
             report["left"] == json!({}),
-            "{fault} leaves {}",
-            report["left"]
+            "{fault} leaves {} {}",
+            report["left"],
+            report["new"]
         );
     }
     until_as_much(&nodes, &before)

@@ -9,6 +9,7 @@ use super::stage::{FRESH, KEPT, Pod, Renewal, Stage, operators};
 use crate::cluster::{self, Equipped};
 use crate::node::kill::{Killed, Victim};
 use crate::node::now;
+use crate::objects::PORT;
 
 /// A thing that goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,10 +34,12 @@ pub enum Fault {
     Node,
     /// A node's `/run` is full for a while, and a pod is to start there.
     Disk,
+    /// A leaf of a pod without a limit takes all memory that its node has left.
+    Memory,
 }
 
 /// All, in the order of the report.
-pub const ALL: [Fault; 10] = [
+pub const ALL: [Fault; 11] = [
     Fault::Leaf,
     Fault::Zygote,
     Fault::Shim,
@@ -47,6 +50,7 @@ pub const ALL: [Fault; 10] = [
     Fault::ApiServer,
     Fault::Node,
     Fault::Disk,
+    Fault::Memory,
 ];
 
 /// What was done.
@@ -82,16 +86,7 @@ impl Fault {
             Fault::ApiServer => "apiserver",
             Fault::Node => "node",
             Fault::Disk => "disk",
-        }
-    }
-
-    /// Rounds of it when `asked` are asked for: fewer of what takes minutes.
-    #[must_use]
-    pub fn rounds(self, asked: usize) -> usize {
-        match self {
-            Fault::ApiServer => asked.min(3),
-            Fault::Node | Fault::Disk => asked.min(5),
-            _ => asked,
+            Fault::Memory => "memory",
         }
     }
 
@@ -116,6 +111,11 @@ impl Fault {
             all.get(round % all.len().max(1))
                 .copied()
                 .context("no pod of the Function")
+        };
+        let of_node = |function: &str| {
+            let mut here = pods.iter().filter(|pod| pod.node == name);
+            here.find(|pod| pod.function.as_deref() == Some(function))
+                .context("no pod of the Function on the node")
         };
         let pool = || {
             let mut pools = pods
@@ -180,6 +180,7 @@ impl Fault {
             Fault::ApiServer => return api_server(stage, away),
             Fault::Node => return restart(worker, pods),
             Fault::Disk => return fill(stage, worker, pods),
+            Fault::Memory => return exhaust(stage, worker, of_node(FRESH)?),
         };
         Ok(Injected {
             at: killed.at,
@@ -277,6 +278,44 @@ fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
         worn: Some(pod.clone()),
         served: Some(pod.name.clone()),
         seen: seen.transpose()?,
+    })
+}
+
+/// A node gets a limit of memory a little above what it uses, and a request takes all of that.
+fn exhaust(stage: &Stage, worker: &Equipped, pod: &Pod) -> Result<Injected> {
+    const ROOM: u64 = 128 << 20;
+    // Files of cgroup version 1, or of version 2: what is used, and the limit with what stands for none.
+    const USED: &str =
+        "cd /sys/fs/cgroup; cat memory/memory.usage_in_bytes 2>/dev/null || cat memory.current";
+    const LIMIT: &str = "cd /sys/fs/cgroup; if [ -e memory.max ]; then echo MAX >memory.max; \
+        else echo LIMIT >memory/memory.limit_in_bytes; fi";
+    let node = &worker.node;
+    let used = node.shell(USED)?;
+    let most = used.trim().parse::<u64>().context(used)? + ROOM;
+    let limit = |version_2: &str, version_1: &str| {
+        let command = LIMIT.replace("MAX", version_2);
+        node.shell(&command.replace("LIMIT", version_1))
+    };
+    let address = pod.address.context("the pod has no address")?;
+    let request = format!(
+        "curl --silent --max-time 60 'http://{address}:{PORT}/?request=greedy&megabytes={}'",
+        most >> 20
+    );
+    let at = now();
+    limit(&most.to_string(), &most.to_string())?;
+    let answer = stage.control.node.shell(&request);
+    limit("max", "-1")?;
+    let answer = answer?;
+    if !answer.contains("ran out of memory") {
+        bail!("a leaf that takes all memory is answered for by {answer:?}");
+    }
+    Ok(Injected {
+        at,
+        over: now(),
+        renewal: Renewal::default(),
+        worn: None,
+        served: None,
+        seen: Some(answer),
     })
 }
 

@@ -36,7 +36,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// What to do.
 #[derive(Debug)]
 pub struct Options {
-    /// Of each fault; fewer of those that take minutes.
+    /// Of each fault.
     pub rounds: usize,
     /// Which.
     pub faults: Vec<Fault>,
@@ -127,7 +127,7 @@ fn inject_all(options: &Options, stage: &mut Stage, progress: &Progress) -> Resu
             new: Vec::new(),
             failed: Vec::new(),
         };
-        let rounds = fault.rounds(options.rounds);
+        let rounds = options.rounds;
         for round in 0..rounds {
             let pods = stage.steady()?;
             match one(stage, fault, &pods, round, options.away) {

@@ -53,7 +53,8 @@ pub struct Pod {
     /// Changes when its container is started anew.
     pub container: String,
     ready: bool,
-    address: Option<IpAddr>,
+    /// Its IP.
+    pub address: Option<IpAddr>,
 }
 
 /// What must have changed for the cluster to be whole again.

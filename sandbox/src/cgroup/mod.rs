@@ -613,6 +613,25 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Whether this cgroup or the one above it, of its pod, has a limit of memory.
+    #[must_use]
+    pub fn is_memory_limited(&self) -> bool {
+        let Some(directory) = self.controller("memory") else {
+            return false;
+        };
+        let file = if self.unified {
+            "memory.max"
+        } else {
+            "memory.limit_in_bytes"
+        };
+        let limited = |directory: &Path| {
+            let limit = fs::read_to_string(directory.join(file)).ok();
+            // Version 1 says a number near 2^63 if there is none, version 2 `max`.
+            limit.is_some_and(|text| text.trim().parse().is_ok_and(|limit: u64| limit < 1 << 60))
+        };
+        limited(directory) || directory.parent().is_some_and(limited)
+    }
+
     /// How many processes were killed for want of memory so far.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {

@@ -8,6 +8,8 @@ use std::rc::Rc;
 use sock_sandbox::Result;
 use sock_sandbox::cgroup::Cgroup;
 
+use super::end::Shortage;
+
 /// Makes cgroups for leaves.
 pub trait LeafCgroups {
     /// One below the container's with nothing in it. `name` is unique in the pod.
@@ -46,8 +48,8 @@ pub trait LeafCgroup {
     /// # Errors
     /// They cannot be listed.
     fn is_empty(&self) -> Result<bool>;
-    /// Whether the kernel has killed a process of this leaf for want of memory.
-    fn out_of_memory(&self) -> bool;
+    /// Of what memory there was too little, if the kernel has killed a process of this leaf for that.
+    fn shortage(&self) -> Option<Shortage>;
     /// Removes it, or keeps it for the next leaf; `EBUSY` while a process is left.
     ///
     /// # Errors
@@ -81,6 +83,7 @@ struct Place {
 struct Below {
     place: Rc<Place>,
     kept: Kept,
+    container: Cgroup,
 }
 
 impl BelowContainer {
@@ -112,6 +115,7 @@ impl LeafCgroups for BelowContainer {
         Ok(Rc::new(Below {
             place,
             kept: Rc::clone(&self.kept),
+            container: self.container.clone(),
         }))
     }
 }
@@ -148,9 +152,9 @@ impl LeafCgroup for Below {
             .map(|processes| processes.is_empty())
     }
 
-    fn out_of_memory(&self) -> bool {
+    fn shortage(&self) -> Option<Shortage> {
         let killed = self.place.cgroup.oom_kills();
-        killed > self.place.killed.replace(killed)
+        (killed > self.place.killed.replace(killed)).then(|| Shortage::in_cgroup(&self.container))
     }
 
     fn remove(&self) -> Result<()> {

@@ -11,9 +11,31 @@ pub enum End {
     /// By a signal.
     Killed(i32),
     /// By the kernel, for want of memory.
-    OutOfMemory,
+    OutOfMemory(Shortage),
     /// The kernel does not say.
     Unknown,
+}
+
+/// Where there was no memory. A pod with a limit can also be hit when its node has no more; its limit is then named all the
+/// same, since the kernel does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shortage {
+    /// The pod has a limit.
+    Pod,
+    /// It has none.
+    Node,
+}
+
+impl Shortage {
+    /// When the kernel has killed in a container's cgroup.
+    #[must_use]
+    pub fn in_cgroup(container: &sock_sandbox::cgroup::Cgroup) -> Shortage {
+        if container.is_memory_limited() {
+            Shortage::Pod
+        } else {
+            Shortage::Node
+        }
+    }
 }
 
 /// `struct pidfd_info` in its first version (include/uapi/linux/pidfd.h, Linux 6.13).
@@ -34,33 +56,32 @@ const PIDFD_GET_INFO: libc::Ioctl =
 
 impl End {
     /// Of the process behind a pidfd, if there is one, which its parent may have reaped: a leaf's parent is the zygote, not
-    /// the shim. `out_of_memory`: the kernel has killed in its cgroup for want of memory.
-    pub fn of(pidfd: Option<&OwnedFd>, out_of_memory: bool) -> End {
-        Self::from_code(pidfd.and_then(exit_code), out_of_memory)
+    /// the shim. `shortage`: the kernel has killed in its cgroup for want of memory.
+    pub fn of(pidfd: Option<&OwnedFd>, shortage: Option<Shortage>) -> End {
+        Self::from_code(pidfd.and_then(exit_code), shortage)
     }
 
     /// Of a process whose status is known in a shell's form, 128 and more for signals.
     #[must_use]
-    pub fn of_status(status: u32, out_of_memory: bool) -> End {
+    pub fn of_status(status: u32, shortage: Option<Shortage>) -> End {
         let status = i32::try_from(status).unwrap_or(i32::MAX);
         // No signal has a number above 64.
         let code = match status {
             129..=192 => status - 128,
             _ => status << 8,
         };
-        Self::from_code(Some(code), out_of_memory)
+        Self::from_code(Some(code), shortage)
     }
 
     /// `code` is in the form of wait(2).
-    fn from_code(code: Option<i32>, out_of_memory: bool) -> End {
+    fn from_code(code: Option<i32>, shortage: Option<Shortage>) -> End {
         match code {
             Some(code) if libc::WIFSIGNALED(code) => match libc::WTERMSIG(code) {
-                libc::SIGKILL if out_of_memory => End::OutOfMemory,
+                libc::SIGKILL => shortage.map_or(End::Killed(libc::SIGKILL), End::OutOfMemory),
                 signal => End::Killed(signal),
             },
             Some(code) => End::Exited(libc::WEXITSTATUS(code)),
-            None if out_of_memory => End::OutOfMemory,
-            None => End::Unknown,
+            None => shortage.map_or(End::Unknown, End::OutOfMemory),
         }
     }
 }
@@ -70,8 +91,11 @@ impl fmt::Display for End {
         match self {
             End::Exited(status) => write!(f, "exited with status {status}"),
             End::Killed(signal) => write!(f, "was killed by signal {signal}{}", name(*signal)),
-            End::OutOfMemory => f.write_str(
+            End::OutOfMemory(Shortage::Pod) => f.write_str(
                 "was killed because its pod reached the memory limit (resources.limits.memory)",
+            ),
+            End::OutOfMemory(Shortage::Node) => f.write_str(
+                "was killed because its node ran out of memory (give it resources.requests.memory)",
             ),
             End::Unknown => f.write_str("ended"),
         }
@@ -119,7 +143,7 @@ mod tests {
         let pidfd: OwnedFd =
             rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).expect("pidfd");
         child.wait().expect("its end");
-        End::of(Some(&pidfd), false)
+        End::of(Some(&pidfd), None)
     }
 
     #[test]
@@ -138,14 +162,21 @@ mod tests {
 
     #[test]
     fn want_of_memory_is_told_from_other_kills() {
-        assert_eq!(End::from_code(Some(libc::SIGKILL), true), End::OutOfMemory);
-        assert_eq!(End::from_code(None, true), End::OutOfMemory);
-        assert_eq!(End::from_code(Some(libc::SIGKILL), false), End::Killed(9));
-        assert_eq!(End::from_code(Some(libc::SIGSEGV), true), End::Killed(11));
-        assert_eq!(End::from_code(Some(1 << 8), true), End::Exited(1));
-        assert_eq!(End::of_status(134, false), End::Killed(libc::SIGABRT));
-        assert_eq!(End::of_status(137, true), End::OutOfMemory);
-        assert_eq!(End::of_status(255, false), End::Exited(255));
+        for shortage in [Shortage::Pod, Shortage::Node] {
+            let killed = End::OutOfMemory(shortage);
+            let shortage = Some(shortage);
+            assert_eq!(End::from_code(Some(libc::SIGKILL), shortage), killed);
+            assert_eq!(End::from_code(None, shortage), killed);
+            assert_eq!(
+                End::from_code(Some(libc::SIGSEGV), shortage),
+                End::Killed(11)
+            );
+            assert_eq!(End::from_code(Some(1 << 8), shortage), End::Exited(1));
+            assert_eq!(End::of_status(137, shortage), killed);
+        }
+        assert_eq!(End::from_code(Some(libc::SIGKILL), None), End::Killed(9));
+        assert_eq!(End::of_status(134, None), End::Killed(libc::SIGABRT));
+        assert_eq!(End::of_status(255, None), End::Exited(255));
         assert_eq!(
             End::Killed(libc::SIGSEGV).to_string(),
             "was killed by signal 11 (SIGSEGV)"

@@ -165,10 +165,9 @@ pub(super) async fn run(driver: Rc<Driver>, leaf: Leaf, slot: Rc<Slot>) {
     let cgroup = slot.cgroup.take();
     if let Some(cgroup) = &cgroup {
         wait_until_empty(leaf, &**cgroup).await;
-        let out_of_memory = cgroup.out_of_memory();
+        let shortage = cgroup.shortage();
         let process = slot.process.take();
-        slot.end
-            .set(Some(End::of(process.as_deref(), out_of_memory)));
+        slot.end.set(Some(End::of(process.as_deref(), shortage)));
     }
     // Before the answer, so that whoever looks for the reason in the log finds it.
     if let Some(copying) = copying {

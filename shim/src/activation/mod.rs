@@ -32,7 +32,7 @@ use tokio::time::Instant;
 
 pub use cgroups::{BelowContainer, LeafCgroup, LeafCgroups};
 pub use config::{AnnotationError, FunctionConfig, ZygoteName};
-pub use end::End;
+pub use end::{End, Shortage};
 pub use leaf::{Origin, StartTimes};
 pub use output::{Output, Streams};
 pub use zygotes::{Forked, Interpreter, Local, Pools, Zygote, Zygotes};

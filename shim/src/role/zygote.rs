@@ -21,7 +21,7 @@ use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, name
 use sock_zygote::{Broker, Zygote};
 
 use super::{POOLS, PoolConfig, add_env, add_payload, packages};
-use crate::activation::End;
+use crate::activation::{End, Shortage};
 use crate::children::Claim;
 use crate::container::Container;
 use crate::process::{Process, run_program};
@@ -230,8 +230,10 @@ impl ZygoteContainer {
         let ended = async {
             let exit = process.wait().await;
             let cgroup = container.cgroup.borrow().clone();
-            let out_of_memory = cgroup.is_some_and(|cgroup| cgroup.oom_kills() > 0);
-            let end = End::of_status(exit.status, out_of_memory);
+            let shortage = cgroup
+                .filter(|cgroup| cgroup.oom_kills() > 0)
+                .map(|cgroup| Shortage::in_cgroup(&cgroup));
+            let end = End::of_status(exit.status, shortage);
             format!(
                 "its interpreter {end} while it imported and warmed up: see the log of container zygote"
             )

@@ -16,7 +16,7 @@ use sock_shim::activation::decide::Reuse;
 use sock_shim::activation::zygotes::ForkError;
 use sock_shim::activation::{
     Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, Output,
-    StartError, Streams, Surroundings, Zygote, ZygoteName, Zygotes,
+    Shortage, StartError, Streams, Surroundings, Zygote, ZygoteName, Zygotes,
 };
 use sock_zygote::protocol::{self, LeafSetup};
 use sock_zygote::{Arrived, SealedSetup, SetupFds};
@@ -329,8 +329,8 @@ impl LeafCgroup for Group {
         Ok(())
     }
 
-    fn out_of_memory(&self) -> bool {
-        false
+    fn shortage(&self) -> Option<Shortage> {
+        None
     }
 
     fn is_empty(&self) -> sock_sandbox::Result<bool> {
