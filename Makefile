@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test clean distclean
+.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test-images test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,9 +48,13 @@ fuzz: rust ## what nobody has written down, to every parser: FUZZ_SECONDS=60 for
 guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 	e2e/guest/test
 
+test-images: cluster
+	e2e/images/build target/archives/tests old-python
+	e2e/cluster/load target/archives/tests/*.tar
+
 # Tests on the cluster wait more than they compute, but more at once only make each other late.
 # Those that look at whole nodes come last, one after the other.
-e2e: install ## end-to-end tests on the cluster
+e2e: install test-images ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
 	for alone in soak deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done

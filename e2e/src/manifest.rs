@@ -4,6 +4,8 @@ use serde_json::{Value, json};
 
 /// The Python image of the tests.
 pub const PYTHON: &str = "docker.io/library/python:3.13-slim-trixie";
+/// An image whose Python is too old for sock.
+pub const OLD_PYTHON: &str = "docker.io/library/python:3.9-slim-bullseye";
 /// The busybox image of the tests.
 pub const BUSYBOX: &str = "docker.io/library/busybox:1.36";
 /// The index that `make install` starts in the cluster.

@@ -440,6 +440,7 @@ fn a_zygote_that_cannot_be_is_explained() {
             warm("hangs", "import time\ntime.sleep(1000)\n"),
             of("greedy", json!({"warmUp": "b'x' * (256 << 20)", "resources": small})),
             of("pythonless", json!({"image": manifest::BUSYBOX})),
+            of("old", json!({"image": manifest::OLD_PYTHON})),
             of("imageless", json!({"image": "docker.io/library/no-such-image:1"})),
             manifest::only_on("no-such-node", named(set(&json!({})), "nodeless")),
             manifest::function("onnone", "nodeless", PASS),
@@ -460,6 +461,7 @@ fn a_zygote_that_cannot_be_is_explained() {
             ("exits", &["exited with status 7"]),
             ("greedy", &["memory limit"]),
             ("pythonless", &["python3"]),
+            ("old", &["Python 3.10 or newer", "this image has 3.9"]),
             ("imageless", &["docker.io/library/no-such-image:1"]),
             (
                 "nodeless",
