@@ -58,6 +58,8 @@ pub const ALL: [Fault; 11] = [
 pub struct Injected {
     /// When it began, in microseconds since 1970.
     pub at: u64,
+    /// When the killed process was gone: what was sent until then may have reached it.
+    pub gone: u64,
     /// When it was over: recovery is counted from here.
     pub over: u64,
     /// What shows that it is repaired.
@@ -184,6 +186,7 @@ impl Fault {
         };
         Ok(Injected {
             at: killed.at,
+            gone: killed.gone,
             over: killed.at,
             renewal,
             worn,
@@ -216,6 +219,7 @@ fn api_server(stage: &Stage, away: Duration) -> Result<Injected> {
     back?;
     Ok(Injected {
         at: killed.at,
+        gone: killed.gone,
         over: now(),
         renewal: Renewal {
             operator: true,
@@ -238,6 +242,7 @@ fn restart(worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
     cluster::docker(&["start", &worker.node.name])?;
     Ok(Injected {
         at,
+        gone: at,
         over: now(),
         renewal,
         worn: None,
@@ -269,10 +274,12 @@ fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
         None
     };
     worker.node.shell(EMPTY)?;
+    let killed = killed?;
     let mut renewal = Renewal::default();
     renew(&mut renewal, pod);
     Ok(Injected {
-        at: killed?.at,
+        at: killed.at,
+        gone: killed.gone,
         over: now(),
         renewal,
         worn: Some(pod.clone()),
@@ -311,6 +318,7 @@ fn exhaust(stage: &Stage, worker: &Equipped, pod: &Pod) -> Result<Injected> {
     }
     Ok(Injected {
         at,
+        gone: at,
         over: now(),
         renewal: Renewal::default(),
         worn: None,

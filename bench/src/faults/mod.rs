@@ -29,8 +29,6 @@ use crate::stats::Samples;
 use crate::table::table;
 
 const WHOLE_WITHIN: Duration = Duration::from_secs(420);
-/// A killed process closes its sockets a moment later: what was sent until then may have reached it.
-const DYING_MICROS: u64 = 20_000;
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What to do.
@@ -279,7 +277,7 @@ fn judge(stage: &Stage, injected: &Injected, ready: u64, whole: u64) -> Round {
     };
     for request in requests {
         let before = request.began <= injected.at;
-        let served = request.began <= injected.at + DYING_MICROS
+        let served = request.began <= injected.gone
             && injected.served.as_ref().is_some_and(|pod| {
                 request.target.starts_with("service ") || request.target.ends_with(pod.as_str())
             });

@@ -3,9 +3,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use serde::{Deserialize, Serialize};
 
 use super::now;
@@ -13,6 +14,11 @@ use super::processes::{Process, all, sandboxes};
 
 /// A leaf that is not there at this moment may be there at the next.
 const UNTIL_THERE: Duration = Duration::from_secs(5);
+
+const GONE_WITHIN: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
 
 /// Who is killed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +40,8 @@ pub struct Killed {
     pub pid: i32,
     /// Microseconds since 1970, right before the signal.
     pub at: u64,
+    /// The same when it was gone. Until then its sockets are open, and on a busy node that is not at once.
+    pub gone: u64,
 }
 
 /// Kills.
@@ -50,9 +58,18 @@ pub fn run(victim: &Victim) -> Result<Killed> {
         let found = all()?.into_iter().find(|one| is(one, victim, &sandboxes));
         if let Some((process, pid)) = found.and_then(|one| Some((Pid::from_raw(one.pid)?, one.pid)))
         {
+            let pidfd = pidfd_open(process, PidfdFlags::empty());
             let at = now();
             match kill_process(process, Signal::KILL) {
-                Ok(()) => return Ok(Killed { pid, at }),
+                Ok(()) => {
+                    let pidfd = pidfd.with_context(|| format!("process {pid}"))?;
+                    poll(
+                        &mut [PollFd::new(&pidfd, PollFlags::IN)],
+                        Some(&GONE_WITHIN),
+                    )?;
+                    let gone = now();
+                    return Ok(Killed { pid, at, gone });
+                }
                 // It ended by itself meanwhile.
                 Err(Errno::SRCH) => {}
                 Err(errno) => bail!("kill {pid}: {errno}"),
