@@ -57,9 +57,10 @@ test-images: cluster
 e2e: install test-images ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
-	for alone in soak deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+	cargo build --locked -p sock-bench && \
+	for alone in soak faults deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
 
-e2e-faults: install ## every fault once, as tests; six minutes, and not a part of `test` yet
+e2e-faults: install ## every fault once, as tests; a part of e2e
 	cargo build --locked -p sock-bench && RUST_BACKTRACE=0 cargo test --locked -p sock-e2e --test faults -- --test-threads 1
 
 faults: install ## what faults cost, many rounds of each: a table, and target/faults.json; FAULTS="--only leaf"

@@ -209,15 +209,16 @@ impl Node {
         found.context("a zygote in the pool's pod")
     }
 
-    /// Whether the cgroup of a process is frozen.
+    /// Whether an idle leaf is kept from running: its cgroup is frozen, or, on version 1, it is stopped.
     ///
     /// # Errors
     /// The node does not answer.
     pub fn is_frozen(&self, process: &Process) -> Result<bool> {
         let script = r#"
-            if [ -e "/sys/fs/cgroup/freezer$1/freezer.state" ]; then grep -c FROZEN "/sys/fs/cgroup/freezer$1/freezer.state"
+            if [ -e "/sys/fs/cgroup/freezer$1/freezer.state" ]; then grep -c '^State:.T (stopped)' "/proc/$2/status"
             else grep -c 'frozen 1' "/sys/fs/cgroup$1/cgroup.events"; fi || true"#;
-        Ok(self.shell(script, &[process.freezer()?])?.trim() == "1")
+        let pid = process.pid.to_string();
+        Ok(self.shell(script, &[process.freezer()?, &pid])?.trim() == "1")
     }
 
     /// Copies a program of the tests to the node, if it is not there, and returns its path.

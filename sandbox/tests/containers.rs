@@ -46,6 +46,10 @@ fn main() {
         ("a_terminal_is_the_containers_own", terminal),
         ("a_cgroup_limits_freezes_and_kills", cgroup),
         (
+            "a_suspended_process_does_not_run_and_can_be_killed",
+            suspended,
+        ),
+        (
             "a_holder_keeps_namespaces_and_shows_no_file_of_the_host",
             holder,
         ),
@@ -478,6 +482,43 @@ fn cgroup() {
     let directory = memory.to_path_buf();
     drop(cgroup);
     assert!(!directory.exists(), "the cgroup is left");
+}
+
+/// With children that come and go, as a handler may have them.
+fn suspended() {
+    let image = Image::new();
+    let spec = parsed(&spec("while :; do /bin/true; done"));
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    let cgroup = TestCgroup::new("suspended", child.pid, &json!({}));
+    go(&child).unwrap();
+    // User and system time of it and of the children that it has waited for (proc_pid_stat(5)).
+    let ticks = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", child.pid)).unwrap();
+        let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+        fields
+            .skip(11)
+            .take(4)
+            .map(|n| n.parse::<u64>().unwrap())
+            .sum()
+    };
+    for _ in 0..20 {
+        cgroup.0.suspend().unwrap();
+        let (before, processes) = (ticks(), cgroup.0.processes().unwrap());
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(ticks(), before, "a suspended process ran");
+        assert_eq!(cgroup.0.processes().unwrap(), processes);
+        cgroup.0.resume().unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        while ticks() == before {
+            assert!(Instant::now() < end, "a resumed process does not run");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    // Nobody need resume it for that: whoever has suspended it may be gone.
+    cgroup.0.suspend().unwrap();
+    kill(child.pid, libc::SIGKILL);
+    assert_eq!(wait(child.pid), 137, "a suspended process is killed");
+    cgroup.0.kill().unwrap();
 }
 
 fn holder() {

@@ -4,6 +4,7 @@ Runs in the pool's init container. Its last line on standard error is what `kube
 """
 
 import compileall
+import errno
 import os
 import re
 import shutil
@@ -15,9 +16,19 @@ REQUIREMENTS = "/etc/sock/requirements.txt"
 STAGING = "/opt/sock/install"
 TARGET = f"{STAGING}/site-packages"
 CACHE = f"{STAGING}/.cache"
+FULL = "no space is left on the disk of the node, which keeps packages below /var/lib/sock: make room there"
 
 
 def main():
+    try:
+        run()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(FULL)
+
+
+def run():
     if sys.version_info < (3, 10):
         fail(f"sock needs Python 3.10 or newer; this image has {sys.version.split()[0]}")
     if os.environ.get("SOCK_CACHED") == "1":
@@ -30,11 +41,20 @@ def main():
         if not compileall.compile_dir(TARGET, quiet=2, workers=0, invalidation_mode=None):
             # A file for another version of Python, as some packages carry, is compiled by nobody.
             print("some files of the packages do not compile", file=sys.stderr)
+            # On a full disk none does, and what is installed now is never compiled again.
+            probe()
     # uv's lock file is no package.
     try:
         os.unlink(os.path.join(TARGET, ".lock"))
     except FileNotFoundError:
         pass
+
+
+def probe():
+    path = os.path.join(TARGET, ".probe")
+    with open(path, "wb") as file:
+        file.write(bytes(1 << 16))
+    os.unlink(path)
 
 
 def read_requirements():
@@ -87,6 +107,8 @@ def reason(text, index):
     if mismatch:
         name, expected, got = mismatch.groups()
         return f"requirement {name}: hash is {got.strip()}, expected {expected.strip()}"
+    if os.strerror(errno.ENOSPC) in flat:
+        return FULL
     source = index or "the default index"
     if re.search(r"hint: An index.*?(401 Unauthorized|lack of valid authentication)", flat):
         remedy = "name a Secret with username and password in spec.index.secretRef"

@@ -9,6 +9,11 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use proptest::collection::vec;
+use proptest::prelude::{Strategy, any};
+use proptest::sample::{Index, select};
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, TestRunner};
 use serde_json::{Value, json};
 use sock_zygote::Event;
 use support::{
@@ -308,6 +313,70 @@ fn what_is_wrong_with_a_request_is_said_as_json() {
         assert_eq!(leaf.done(conn).await, 400);
         assert_eq!(reply(&mut client).status, 400);
         assert_eq!(leaf.ask(get("/")).await.status, 200);
+    });
+}
+
+/// Requests of every framing, each changed in a few places.
+fn spoiled() -> impl Strategy<Value = Vec<u8>> {
+    const WHOLE: [&str; 6] = [
+        "GET /?name=a%20b&x=1 HTTP/1.1\r\nhost: x\r\naccept: */*\r\n\r\n",
+        "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhelloGET / HTTP/1.1\r\nhost: y\r\n\r\n",
+        "POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nt: 1\r\n\r\n",
+        "PUT / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\nok",
+        "HEAD / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    ];
+    let piece = proptest::prop_oneof![
+        select(vec![
+            &b"\r\n"[..],
+            b"\n",
+            b"\0",
+            b":",
+            b" ",
+            b"-1",
+            b"ffffffffffffffff",
+            b"content-length: 7\r\n",
+            b"transfer-encoding: chunked\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        ])
+        .prop_map(<[u8]>::to_vec),
+        vec(any::<u8>(), 0..12),
+    ];
+    let change = (any::<Index>(), 0..12_usize, piece);
+    (select(WHOLE.to_vec()), vec(change, 1..5)).prop_map(|(whole, changes)| {
+        let mut bytes = whole.as_bytes().to_vec();
+        for (at, cut, piece) in changes {
+            let from = at.index(bytes.len() + 1);
+            let to = (from + cut).min(bytes.len());
+            bytes.splice(from..to, piece);
+        }
+        bytes
+    })
+}
+
+#[test]
+fn whatever_bytes_come_the_connection_ends_and_the_leaf_serves_on() {
+    shim(async {
+        let mut served = Served::start().await;
+        let first = body(&served.ask(get("/")).await);
+        let mut runner = TestRunner::new(Config::default());
+        for _ in 0..4000 {
+            let bytes = spoiled().new_tree(&mut runner).unwrap().current();
+            let shown = String::from_utf8_lossy(&bytes).into_owned();
+            let (mut client, conn) = served.send(&bytes);
+            client.shutdown(Shutdown::Write).unwrap();
+            let closed = tokio::time::timeout(Duration::from_secs(10), served.closed(conn)).await;
+            assert!(closed.is_ok(), "the connection goes on after {shown:?}");
+            let answer = ended(&mut client);
+            assert!(
+                answer.is_empty() || answer.starts_with(b"HTTP/1."),
+                "{:?} answers {shown:?}",
+                String::from_utf8_lossy(&answer)
+            );
+        }
+        let last = body(&served.ask(get("/")).await);
+        assert_eq!(first["pid"], last["pid"]);
+        assert!(last["served"].as_u64() > first["served"].as_u64());
     });
 }
 

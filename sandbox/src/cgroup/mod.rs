@@ -8,6 +8,7 @@ mod limits;
 mod systemd;
 mod tracking;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::LinuxResources;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::error::Step;
 use crate::{Error, Result};
@@ -541,6 +543,62 @@ impl Cgroup {
             ("freezer.state", "THAWED")
         };
         write(&directory.join(file), value)
+    }
+
+    /// Keeps the processes in here from running until [`Cgroup::resume`], and still lets SIGKILL end them. On version 1 a process
+    /// that the freezer holds does not die: it would hold up the end of its PID namespace, which may be that of the whole node,
+    /// when nobody is left to thaw it. There the processes are stopped by SIGSTOP.
+    ///
+    /// # Errors
+    /// As [`Cgroup::freeze`], or they fork faster than they can be stopped (`EAGAIN`).
+    pub fn suspend(&self) -> Result<()> {
+        if self.unified {
+            self.freeze()
+        } else {
+            self.signal_each(Signal::STOP)
+        }
+    }
+
+    /// Lets them go on after [`Cgroup::suspend`].
+    ///
+    /// # Errors
+    /// The file cannot be written, or processes cannot be listed.
+    pub fn resume(&self) -> Result<()> {
+        if self.unified {
+            self.thaw()
+        } else {
+            self.signal_each(Signal::CONT)
+        }
+    }
+
+    /// Signals each process once, also those that are forked meanwhile.
+    fn signal_each(&self, signal: Signal) -> Result<()> {
+        let mut told = BTreeSet::new();
+        for _ in 0..20 {
+            let new: Vec<(i32, OwnedFd)> = self
+                .processes()?
+                .into_iter()
+                .filter(|number| told.insert(*number))
+                .filter_map(|number| {
+                    let pid = Pid::from_raw(number)?;
+                    Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
+                })
+                .collect();
+            if new.is_empty() {
+                return Ok(());
+            }
+            // A number may have come back between list and descriptor, with another process.
+            let still = self.processes()?;
+            for (number, process) in new {
+                if still.contains(&number) {
+                    // It may have ended.
+                    let _ = pidfd_send_signal(&process, signal);
+                }
+            }
+        }
+        let directory = self.main().unwrap_or(Path::new(""));
+        Err(std::io::Error::from_raw_os_error(libc::EAGAIN))
+            .at("signal the processes of", directory)
     }
 
     /// Sends SIGKILL to everything in here and below but the calling process. The dead are gone a moment later, not on return.

@@ -134,11 +134,11 @@ impl LeafCgroup for Below {
     }
 
     fn freeze(&self) -> Result<()> {
-        self.place.cgroup.freeze()
+        self.place.cgroup.suspend()
     }
 
     fn thaw(&self) -> Result<()> {
-        self.place.cgroup.thaw()
+        self.place.cgroup.resume()
     }
 
     fn kill(&self) -> Result<()> {
