@@ -437,8 +437,14 @@ fn every_process_of_a_pod_is_killed_for_want_of_memory_as_the_pod_says() {
         let mut set = manifest::package_set("plain", &["json"]);
         set["spec"]["resources"] = request("64Mi");
         let fields = json!({"resources": request("512Mi"), "idle": {"endAfterMs": 1000}});
-        let code =
-            "def handler(event, context):\n    return open('/proc/self/oom_score_adj').read()\n";
+        // The shim sets it while the leaf imports its handler.
+        let code = "
+import time
+
+def handler(event, context):
+    time.sleep(0.5)
+    return open('/proc/self/oom_score_adj').read()
+";
         let function = manifest::with(manifest::function("score", "plain", code), &fields);
         namespace.serve("score", &[set, function])?;
         let pod = namespace.pod_of("score")?;
