@@ -16,8 +16,8 @@ fn main() {
     room_for_connections();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // The process must have one thread when it forks or changes namespaces: a thread that a library asks for
-        // during the start of the server is gone before the first call.
+        // The process must have one thread when it forks or changes namespaces: one that a library asks for during the
+        // start of the server is not kept, and the first call waits for its end.
         .thread_keep_alive(Duration::from_millis(1))
         .build();
     let runtime = match runtime {

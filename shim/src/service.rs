@@ -1,9 +1,11 @@
 //! The three ways containerd runs this binary: `start`, the server itself, and `delete` after a crash.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use containerd_shim::asynchronous::publisher::RemotePublisher;
@@ -143,11 +145,77 @@ impl Shim for Service {
         tokio::task::spawn_local(async move {
             let pod = Rc::new(Pod::new(Events::new(address, namespace), exit));
             pod.clone().reap_orphans();
+            let mut first = true;
             while let Some(job) = queue.recv().await {
                 let job: crate::task::Job = job;
+                if std::mem::take(&mut first) {
+                    alone().await;
+                }
                 tokio::task::spawn_local(job(pod.clone()));
             }
         });
         TaskService::new(Jobs::new(jobs))
+    }
+}
+
+/// Waits until the process has one thread. A library has used another during the start of the server, and on a busy node it
+/// may not be gone when the first call comes. A child that is forked meanwhile would wait forever for a lock that this thread
+/// held, as it has no such thread.
+async fn alone() {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let end = Instant::now() + PATIENCE;
+    // A link for each thread besides the directory's own two (`proc_task_getattr`, fs/proc/base.c).
+    while std::fs::metadata("/proc/self/task").is_ok_and(|task| task.nlink() > 3) {
+        if Instant::now() > end {
+            tracing::warn!("a thread of the shim does not end");
+            return;
+        }
+        tokio::time::sleep(Duration::from_micros(500)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    static ENDED: AtomicBool = AtomicBool::new(false);
+
+    /// Whether `alone` returns at once with one thread, and after the end of another.
+    fn waits() -> bool {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let Ok(runtime) = runtime else { return false };
+        let begin = Instant::now();
+        runtime.block_on(alone());
+        if begin.elapsed() > Duration::from_secs(5) {
+            return false;
+        }
+        std::thread::spawn(|| {
+            std::thread::sleep(Duration::from_millis(100));
+            ENDED.store(true, Ordering::SeqCst);
+        });
+        runtime.block_on(alone());
+        ENDED.load(Ordering::SeqCst) && begin.elapsed() < Duration::from_secs(5)
+    }
+
+    #[test]
+    fn a_thread_that_is_about_to_end_is_waited_for() {
+        // SAFETY: libc's own fork keeps its allocator whole, and the child, which has the one thread that a shim has and a
+        // test has not, ends without returning.
+        match unsafe { libc::fork() } {
+            0 => {
+                let status = i32::from(!waits());
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(status) }
+            }
+            child => {
+                let mut status = -1;
+                // SAFETY: reaps it.
+                unsafe { libc::waitpid(child, &raw mut status, 0) };
+                assert_eq!(status, 0);
+            }
+        }
     }
 }
