@@ -93,6 +93,13 @@ pub fn package_set_of(name: &str, requirements: &[&str], imports: &[&str]) -> Va
     set
 }
 
+/// A PackageSet with numpy.
+pub fn numpy(name: &str) -> Value {
+    let mut lines = include_str!("../images/requirements-science.txt").lines();
+    let line = lines.find(|line| line.starts_with("numpy=="));
+    package_set_of(name, line.as_slice(), &["numpy"])
+}
+
 /// A Function whose module is `app` and whose handler is `handler`.
 pub fn function(name: &str, package_set: &str, code: &str) -> Value {
     json!({

@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
-    Client, MINUTE, in_namespace, inventory_of_quiet, manifest, program, until, until_as_much,
-    workers,
+    Client, MINUTE, Node, in_namespace, inventory_of_quiet, manifest, program, until,
+    until_as_much, workers,
 };
 
 /// Takes the API server away for as long as a test may wait.
@@ -118,47 +118,53 @@ fn every_fault_costs_what_is_promised_and_leaves_nothing() -> Result<()> {
     until_as_much(&nodes, &before)
 }
 
-/// The disk that packages are installed on is a small one in memory for a while, without what is there.
-#[test]
-fn a_full_disk_is_told_where_packages_are_kept_and_heals() {
-    let node = workers().map(|nodes| nodes.into_iter().next());
-    let Ok(Some(node)) = node else {
-        panic!("a node: {node:?}")
-    };
-    let mount = "mount -t tmpfs -o size=2m,mode=755 tmpfs /var/lib/sock";
-    node.shell(mount, &[]).expect("a small disk");
-    let outcome = std::panic::catch_unwind(|| {
-        in_namespace("full-disk", |namespace| {
-            let lines = include_str!("../images/requirements-science.txt").lines();
-            let numpy = lines
-                .filter(|line| line.starts_with("numpy=="))
-                .collect::<Vec<_>>();
-            let set = manifest::package_set_of("science", &numpy, &["numpy"]);
-            let code =
-                "def handler(event, context):\n    return int(__import__('numpy').ones(3).sum())\n";
-            let function = manifest::function("sum", "science", code);
-            namespace.apply(&[manifest::only_on(&node.name, set), function])?;
-            until(
-                "the PackageSet says that the disk is full",
-                2 * MINUTE,
-                || {
-                    let set = namespace.get(&["packageset", "science"])?;
-                    let said = set["status"]["conditions"].to_string();
-                    Ok(said
-                        .contains("no space is left on the disk of the node")
-                        .then_some(()))
-                },
-            )?;
-            node.shell("mount -o remount,size=1g /var/lib/sock", &[])?;
-            namespace.wait_for("packageset/science", "Ready", 3 * MINUTE)?;
-            namespace.wait_for("function/sum", "Ready", 2 * MINUTE)
-        });
-    });
-    let unmounted = node.shell("umount --lazy /var/lib/sock", &[]);
-    if let Err(panic) = outcome {
-        std::panic::resume_unwind(panic);
+/// While it lives, the disk that packages are installed on is a small one in memory, without what is there.
+struct SmallDisk(Node);
+
+impl SmallDisk {
+    fn on(node: Node) -> Result<SmallDisk> {
+        node.shell(
+            "mount -t tmpfs -o size=2m,mode=755 tmpfs /var/lib/sock",
+            &[],
+        )?;
+        Ok(SmallDisk(node))
     }
-    unmounted.expect("the disk as before");
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let unmounted = self.0.shell("umount --lazy /var/lib/sock", &[]);
+        if !std::thread::panicking() {
+            unmounted.expect("the disk as before");
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_told_where_packages_are_kept_and_heals() -> Result<()> {
+    let disk = SmallDisk::on(workers()?.into_iter().next().context("a node")?)?;
+    let node = &disk.0;
+    in_namespace("full-disk", |namespace| {
+        let set = manifest::only_on(&node.name, manifest::numpy("science"));
+        let code =
+            "def handler(event, context):\n    return int(__import__('numpy').ones(3).sum())\n";
+        namespace.apply(&[set, manifest::function("sum", "science", code)])?;
+        until(
+            "the PackageSet says that the disk is full",
+            2 * MINUTE,
+            || {
+                let set = namespace.get(&["packageset", "science"])?;
+                let said = set["status"]["conditions"].to_string();
+                Ok(said
+                    .contains("no space is left on the disk of the node")
+                    .then_some(()))
+            },
+        )?;
+        node.shell("mount -o remount,size=1g /var/lib/sock", &[])?;
+        namespace.wait_for("packageset/science", "Ready", 3 * MINUTE)?;
+        namespace.wait_for("function/sum", "Ready", 2 * MINUTE)
+    });
+    Ok(())
 }
 
 /// systemd asks what is left in the scope of a zygote's container to end, kills it after 90 s, and keeps the

@@ -121,13 +121,9 @@ fn many_functions_under_load_keep_nothing() -> Result<()> {
     let nodes = workers()?;
     let before = inventory_of_quiet(&nodes)?;
     in_namespace("soak", |namespace| {
-        let science: Vec<&str> = include_str!("../images/requirements-science.txt")
-            .lines()
-            .filter(|line| line.starts_with("numpy=="))
-            .collect();
         let mut objects: Vec<Value> = vec![
             manifest::package_set("plain", &["json"]),
-            manifest::package_set_of("science", &science, &["numpy"]),
+            manifest::numpy("science"),
         ];
         for index in 0..FUNCTIONS {
             let numpy = index % 5 == 4;

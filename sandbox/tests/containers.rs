@@ -434,6 +434,23 @@ fn terminal() {
     assert_eq!(wait(child.pid), 4);
 }
 
+/// User and system time of a process and of the children that it has waited for (proc_pid_stat(5)).
+fn ticks(pid: i32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields = stat.rsplit(')').next().unwrap().split_whitespace();
+    let times = fields.skip(11).take(4);
+    times.map(|n| n.parse::<u64>().unwrap()).sum()
+}
+
+/// Waits until it has run since it had used `before`.
+fn runs_on(pid: i32, before: u64) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while ticks(pid) == before {
+        assert!(Instant::now() < end, "the process does not go on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn cgroup() {
     let image = Image::new();
     let spec = parsed(&spec("while :; do :; done"));
@@ -454,28 +471,12 @@ fn cgroup() {
         fs::read_to_string(memory.join(file)).unwrap().trim(),
         (32 << 20).to_string()
     );
-    let ticks = || {
-        fs::read_to_string(format!("/proc/{}/stat", child.pid))
-            .unwrap()
-            .rsplit(')')
-            .next()
-            .unwrap()
-            .split_whitespace()
-            .nth(11)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
     cgroup.0.freeze().unwrap();
-    let before = ticks();
+    let before = ticks(child.pid);
     std::thread::sleep(Duration::from_millis(60));
-    assert_eq!(ticks(), before, "a frozen process ran");
+    assert_eq!(ticks(child.pid), before, "a frozen process ran");
     cgroup.0.thaw().unwrap();
-    let end = Instant::now() + Duration::from_secs(10);
-    while ticks() == before {
-        assert!(Instant::now() < end, "a thawed process does not run");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    runs_on(child.pid, before);
     cgroup.0.freeze().unwrap();
     cgroup.0.kill().unwrap();
     assert_eq!(wait(child.pid), 137, "a frozen process is killed");
@@ -491,16 +492,6 @@ fn suspended() {
     let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
     let cgroup = TestCgroup::new("suspended", child.pid, &json!({}));
     go(&child).unwrap();
-    // User and system time of it and of the children that it has waited for (proc_pid_stat(5)).
-    let ticks = || -> u64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", child.pid)).unwrap();
-        let fields = stat.rsplit(')').next().unwrap().split_whitespace();
-        fields
-            .skip(11)
-            .take(4)
-            .map(|n| n.parse::<u64>().unwrap())
-            .sum()
-    };
     // Stopped, or dead, or kept by the freezer of version 2, where it sleeps.
     let unified = cgroup.0.unified();
     let rests = |pid: i32| {
@@ -516,16 +507,12 @@ fn suspended() {
             assert!(Instant::now() < end, "a suspended process does not stop");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let (before, processes) = (ticks(), cgroup.0.processes().unwrap());
+        let (before, processes) = (ticks(child.pid), cgroup.0.processes().unwrap());
         std::thread::sleep(Duration::from_millis(30));
-        assert_eq!(ticks(), before, "a suspended process ran");
+        assert_eq!(ticks(child.pid), before, "a suspended process ran");
         assert_eq!(cgroup.0.processes().unwrap(), processes);
         cgroup.0.resume().unwrap();
-        let end = Instant::now() + Duration::from_secs(10);
-        while ticks() == before {
-            assert!(Instant::now() < end, "a resumed process does not run");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        runs_on(child.pid, before);
     }
     // Nobody need resume it for that: whoever has suspended it may be gone.
     cgroup.0.suspend().unwrap();

@@ -66,7 +66,8 @@ pub fn left(
         if left.is_empty() || Instant::now() > deadline {
             let new = now.difference(before);
             let new = new.filter(|line| left.contains_key(kind(line)));
-            return Ok((left.clone(), new.cloned().collect()));
+            let new = new.cloned().collect();
+            return Ok((left, new));
         }
         std::thread::sleep(Duration::from_secs(2));
     }

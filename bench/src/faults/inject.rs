@@ -114,17 +114,12 @@ impl Fault {
                 .copied()
                 .context("no pod of the Function")
         };
-        let of_node = |function: &str| {
+        let on_node = |is: fn(Option<&str>) -> bool| {
             let mut here = pods.iter().filter(|pod| pod.node == name);
-            here.find(|pod| pod.function.as_deref() == Some(function))
-                .context("no pod of the Function on the node")
+            here.find(|pod| is(pod.function.as_deref()))
+                .context("no such pod on the node")
         };
-        let pool = || {
-            let mut pools = pods
-                .iter()
-                .filter(|pod| pod.function.is_none() && pod.node == name);
-            pools.next().context("no pool on the node")
-        };
+        let pool = || on_node(|function| function.is_none());
         let mut renewal = Renewal::default();
         let (killed, worn, served) = match self {
             Fault::Leaf => {
@@ -181,8 +176,10 @@ impl Fault {
             }
             Fault::ApiServer => return api_server(stage, away),
             Fault::Node => return restart(worker, pods),
-            Fault::Disk => return fill(stage, worker, pods),
-            Fault::Memory => return exhaust(stage, worker, of_node(FRESH)?),
+            Fault::Disk => return fill(worker, on_node(|function| function.is_some())?),
+            Fault::Memory => {
+                return exhaust(stage, worker, on_node(|function| function == Some(FRESH))?);
+            }
         };
         Ok(Injected {
             at: killed.at,
@@ -253,7 +250,7 @@ fn restart(worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
 
 /// Leaves no room in `/run`, which is in memory, and has a pod start there. The file system is made smaller first,
 /// so that little fills it.
-fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
+fn fill(worker: &Equipped, pod: &Pod) -> Result<Injected> {
     // What the pod that ends there gives back is taken again at once.
     const FILL: &str = "used=$(df --output=used -k /run | tail -1); \
         mount -o remount,size=$((used + 256))k /run; touch /run/filling; \
@@ -262,19 +259,11 @@ fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
         done >/dev/null 2>&1 & \
         sleep 0.2";
     const EMPTY: &str = "rm /run/filling; sleep 0.2; rm /run/full; mount -o remount,size=50% /run";
-    let mut here = pods.iter().filter(|pod| pod.function.is_some());
-    let pod = here
-        .find(|pod| pod.node == worker.node.name)
-        .context("no pod here")?;
     worker.node.shell(FILL)?;
-    let killed = kill(stage.worker(&pod.node)?, &Victim::Shim(pod.uid.clone()));
-    let seen = if killed.is_ok() {
-        Some(told(pod))
-    } else {
-        None
-    };
+    let outcome =
+        kill(worker, &Victim::Shim(pod.uid.clone())).and_then(|killed| Ok((killed, told(pod)?)));
     worker.node.shell(EMPTY)?;
-    let killed = killed?;
+    let (killed, seen) = outcome?;
     let mut renewal = Renewal::default();
     renew(&mut renewal, pod);
     Ok(Injected {
@@ -284,7 +273,7 @@ fn fill(stage: &Stage, worker: &Equipped, pods: &[Pod]) -> Result<Injected> {
         renewal,
         worn: Some(pod.clone()),
         served: Some(pod.name.clone()),
-        seen: seen.transpose()?,
+        seen: Some(seen),
     })
 }
 

@@ -553,10 +553,17 @@ impl Cgroup {
     /// As [`Cgroup::freeze`], or they fork faster than they can be stopped (`EAGAIN`).
     pub fn suspend(&self) -> Result<()> {
         if self.unified {
-            self.freeze()
-        } else {
-            self.signal_each(Signal::STOP)
+            return self.freeze();
         }
+        let mut told = BTreeSet::new();
+        // What one forks before it stops is found by the next pass.
+        for _ in 0..20 {
+            if !self.signal_others(Signal::STOP, &mut told)? {
+                return Ok(());
+            }
+        }
+        let directory = self.main().unwrap_or(Path::new(""));
+        Err(std::io::Error::from_raw_os_error(libc::EAGAIN)).at("stop the processes of", directory)
     }
 
     /// Lets them go on after [`Cgroup::suspend`].
@@ -565,40 +572,36 @@ impl Cgroup {
     /// The file cannot be written, or processes cannot be listed.
     pub fn resume(&self) -> Result<()> {
         if self.unified {
-            self.thaw()
-        } else {
-            self.signal_each(Signal::CONT)
+            return self.thaw();
         }
+        // Stopped processes have forked nothing: one pass reaches all.
+        self.signal_others(Signal::CONT, &mut BTreeSet::new())?;
+        Ok(())
     }
 
-    /// Signals each process once, also those that are forked meanwhile.
-    fn signal_each(&self, signal: Signal) -> Result<()> {
-        let mut told = BTreeSet::new();
-        for _ in 0..20 {
-            let new: Vec<(i32, OwnedFd)> = self
-                .processes()?
-                .into_iter()
-                .filter(|number| told.insert(*number))
-                .filter_map(|number| {
-                    let pid = Pid::from_raw(number)?;
-                    Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
-                })
-                .collect();
-            if new.is_empty() {
-                return Ok(());
-            }
-            // A number may have come back between list and descriptor, with another process.
-            let still = self.processes()?;
-            for (number, process) in new {
-                if still.contains(&number) {
-                    // It may have ended.
-                    let _ = pidfd_send_signal(&process, signal);
-                }
+    /// Signals each process but those that were `told`, and notes it there. Yields whether there was any.
+    fn signal_others(&self, signal: Signal, told: &mut BTreeSet<i32>) -> Result<bool> {
+        let new: Vec<(i32, OwnedFd)> = self
+            .processes()?
+            .into_iter()
+            .filter(|number| told.insert(*number))
+            .filter_map(|number| {
+                let pid = Pid::from_raw(number)?;
+                Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
+            })
+            .collect();
+        if new.is_empty() {
+            return Ok(false);
+        }
+        // A number may have come back between list and descriptor, with another process.
+        let still = self.processes()?;
+        for (number, process) in new {
+            if still.contains(&number) {
+                // It may have ended.
+                let _ = pidfd_send_signal(&process, signal);
             }
         }
-        let directory = self.main().unwrap_or(Path::new(""));
-        Err(std::io::Error::from_raw_os_error(libc::EAGAIN))
-            .at("signal the processes of", directory)
+        Ok(true)
     }
 
     /// Sends SIGKILL to everything in here and below but the calling process. The dead are gone a moment later, not on return.
