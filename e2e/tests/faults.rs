@@ -123,10 +123,10 @@ struct SmallDisk(Node);
 
 impl SmallDisk {
     fn on(node: Node) -> Result<SmallDisk> {
-        node.shell(
-            "mount -t tmpfs -o size=2m,mode=755 tmpfs /var/lib/sock",
-            &[],
-        )?;
+        // A node that has had no PackageSet yet has no such directory.
+        let mount =
+            "mkdir -p /var/lib/sock && mount -t tmpfs -o size=2m,mode=755 tmpfs /var/lib/sock";
+        node.shell(mount, &[])?;
         Ok(SmallDisk(node))
     }
 }
