@@ -711,6 +711,19 @@ version = 2
     }
 
     #[test]
+    fn broken_toml_is_an_error_with_its_line() {
+        // A parser that gave up by a panic at the second one: a value made up for `=` has no place in the text.
+        for text in ["version = 3\n[plugins\n", "=={\n."] {
+            let error = plan(Path::new("/c/config.toml"), Some(text)).unwrap_err();
+            let said = error.to_string();
+            assert!(
+                said.starts_with("/c/config.toml is not TOML: TOML parse error at line"),
+                "{said}"
+            );
+        }
+    }
+
+    #[test]
     fn a_version_of_the_wrong_kind_is_named() {
         for value in ["\"2\"", "-1"] {
             let error = plan(
