@@ -95,19 +95,14 @@ impl Connection {
     /// # Errors
     /// What `connect(2)` says.
     pub fn open(address: SocketAddr) -> std::io::Result<Connection> {
-        Connection::open_within(address, PATIENCE, PATIENCE)
+        Connection::over(TcpStream::connect_timeout(&address, PATIENCE)?, PATIENCE)
     }
 
-    /// The same with less patience: for the connection, and for each piece of an answer.
+    /// Over this stream, with patience for each piece of an answer.
     ///
     /// # Errors
-    /// What `connect(2)` says.
-    pub fn open_within(
-        address: SocketAddr,
-        connection: Duration,
-        answer: Duration,
-    ) -> std::io::Result<Connection> {
-        let stream = TcpStream::connect_timeout(&address, connection)?;
+    /// What `setsockopt(2)` says.
+    pub fn over(stream: TcpStream, answer: Duration) -> std::io::Result<Connection> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(answer))?;
         Ok(Connection {

@@ -1,7 +1,10 @@
 //! Faults in mid-traffic: what they may cost, and that nothing is left. They hit whole nodes, so nothing else
 //! may run beside them. `sock-bench faults` injects and measures; `docs/reliability.md` has many rounds of it.
 
-use std::process::Command;
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -38,9 +41,16 @@ fn bench(arguments: &[&str]) -> Result<()> {
         path.display()
     );
     let mut command: Command = program(&path.to_string_lossy(), arguments)?;
-    let status = command
-        .status()
+    let mut child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .with_context(|| path.display().to_string())?;
+    // By way of this process, they are shown with the failure they explain.
+    for line in BufReader::new(child.stderr.take().context("a pipe")?).lines() {
+        eprintln!("{}", line?);
+    }
+    let status = child.wait()?;
     ensure!(
         status.success(),
         "sock-bench {}: {status}",

@@ -1,8 +1,9 @@
 //! What faults cost: each is injected into steady traffic, again and again, and every request is
 //! accounted for until all is whole again.
 //!
-//! Whole means: every pod is ready, and the container that had to be replaced is; every pod has answered
-//! by a fork, from a zygote that lives; and from then on nothing failed for a second.
+//! Whole means: every pod is ready, and the container that had to be replaced is; every pod has answered, each of
+//! those whose leaves serve one request by a fork of a zygote that lives; and from then on nothing failed for
+//! a second.
 
 mod account;
 mod inject;
@@ -19,7 +20,7 @@ use serde::Serialize;
 pub use inject::{ALL, Fault};
 
 use self::inject::Injected;
-use self::stage::{CLEAN_MICROS, FRESH, Pod, Stage, is_forked};
+use self::stage::{CLEAN_MICROS, FRESH, Pod, Stage};
 use crate::cluster;
 use crate::measure::millis;
 use crate::node::now;
@@ -242,14 +243,12 @@ fn whole(stage: &Stage, injected: &Injected, pods: &[Pod], ready: u64) -> Option
             .iter()
             .filter(after)
             .filter(|request| match &request.fate {
-                Fate::Served { pod: by, zygote } => {
-                    let dead = zygote
-                        .as_ref()
-                        .is_some_and(|z| injected.renewal.zygotes.contains(z));
-                    let forked =
-                        pod.function.as_deref() != Some(FRESH) || is_forked(request, &pod.name);
-                    *by == pod.name && forked && !dead
+                // A leaf that serves many requests outlives its zygote.
+                Fate::Served { pod: by, zygote } if pod.function.as_deref() == Some(FRESH) => {
+                    let lives = |zygote| !injected.renewal.zygotes.contains(zygote);
+                    *by == pod.name && zygote.as_ref().is_some_and(lives)
                 }
+                Fate::Served { pod: by, .. } => *by == pod.name,
                 _ => false,
             });
         whole = whole.max(answers.next()?.ended);

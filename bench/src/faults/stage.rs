@@ -282,7 +282,7 @@ impl Stage {
 
 /// Whether the pod has answered this by a leaf of a zygote.
 #[must_use]
-pub fn is_forked(request: &Request, name: &str) -> bool {
+fn is_forked(request: &Request, name: &str) -> bool {
     matches!(&request.fate, Fate::Served { pod, zygote: Some(_) } if pod == name)
 }
 

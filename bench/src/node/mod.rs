@@ -6,6 +6,7 @@ pub mod first_answer;
 pub mod kill;
 pub mod load;
 pub mod memory;
+mod ports;
 mod processes;
 pub mod traffic;
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::ports::Ports;
 use super::{micros, now};
 use crate::http;
 
@@ -87,20 +88,35 @@ struct Body {
     zygote: Option<String>,
 }
 
-type Idle = Arc<Mutex<HashMap<SocketAddr, Vec<http::Connection>>>>;
+/// What the requests share.
+struct Client {
+    /// Connections that can be used again.
+    idle: Mutex<HashMap<SocketAddr, Vec<http::Connection>>>,
+    ports: Ports,
+}
 
 /// Sends until the end of standard input.
 ///
 /// # Errors
-/// If a line is no list of targets.
+/// If a line is no list of targets, or the kernel does not tell which local ports there are.
 pub fn run() -> Result<()> {
     let targets: Arc<Mutex<Vec<Target>>> = Arc::default();
     let shown = Arc::clone(&targets);
-    std::thread::spawn(move || send(&shown));
+    let client = Arc::new(Client::of_host()?);
+    std::thread::spawn(move || send(&shown, &client));
     for line in std::io::stdin().lock().lines() {
         *lock(&targets) = serde_json::from_str(&line?)?;
     }
     Ok(())
+}
+
+impl Client {
+    fn of_host() -> Result<Client> {
+        Ok(Client {
+            idle: Mutex::default(),
+            ports: Ports::of_host()?,
+        })
+    }
 }
 
 fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -108,8 +124,7 @@ fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Sends what is due, each request in a thread of its own: none waits for another.
-fn send(targets: &Mutex<Vec<Target>>) {
-    let idle = Idle::default();
+fn send(targets: &Mutex<Vec<Target>>, client: &Arc<Client>) {
     let mut due: HashMap<String, Instant> = HashMap::new();
     let mut number = 0;
     loop {
@@ -125,8 +140,8 @@ fn send(targets: &Mutex<Vec<Target>>) {
             while *due <= begin {
                 *due += every;
                 number += 1;
-                let (target, idle) = (target.clone(), Arc::clone(&idle));
-                std::thread::spawn(move || tell(&one(&target, number, &idle)));
+                let (target, client) = (target.clone(), Arc::clone(client));
+                std::thread::spawn(move || tell(&one(&target, number, &client)));
             }
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -143,9 +158,9 @@ fn tell(request: &Request) {
     let _ = output.write_all(&line).and_then(|()| output.flush());
 }
 
-fn one(target: &Target, number: usize, idle: &Idle) -> Request {
+fn one(target: &Target, number: usize, client: &Client) -> Request {
     let (began, begin) = (now(), Instant::now());
-    let fate = fate(target, number, idle);
+    let fate = fate(target, number, client);
     Request {
         target: target.name.clone(),
         began,
@@ -154,17 +169,18 @@ fn one(target: &Target, number: usize, idle: &Idle) -> Request {
     }
 }
 
-fn fate(target: &Target, number: usize, idle: &Idle) -> Fate {
+fn fate(target: &Target, number: usize, client: &Client) -> Fate {
     let request = http::Request {
         method: "GET".to_owned(),
         path: "/?request={n}".to_owned(),
         body: String::new(),
         expect: String::new(),
     };
-    let kept = kept(target, idle).map_or_else(
-        || http::Connection::open_within(target.address, CONNECTED_WITHIN, ANSWERED_WITHIN),
-        Ok,
-    );
+    let open = || {
+        let stream = client.ports.connect(target.address, CONNECTED_WITHIN)?;
+        http::Connection::over(stream, ANSWERED_WITHIN)
+    };
+    let kept = kept(target, client).map_or_else(open, Ok);
     let mut connection = match kept {
         Ok(connection) => connection,
         Err(error) => return Fate::Unsent(error.to_string()),
@@ -178,7 +194,7 @@ fn fate(target: &Target, number: usize, idle: &Idle) -> Fate {
     };
     let fate = judge(&answer, number);
     if target.kept && !answer.last {
-        lock(idle)
+        lock(&client.idle)
             .entry(target.address)
             .or_default()
             .push(connection);
@@ -187,12 +203,12 @@ fn fate(target: &Target, number: usize, idle: &Idle) -> Fate {
 }
 
 /// A connection that is still good.
-fn kept(target: &Target, idle: &Idle) -> Option<http::Connection> {
+fn kept(target: &Target, client: &Client) -> Option<http::Connection> {
     if !target.kept {
         return None;
     }
     loop {
-        let mut connection = lock(idle).get_mut(&target.address)?.pop()?;
+        let mut connection = lock(&client.idle).get_mut(&target.address)?.pop()?;
         if !connection.is_over() {
             return Some(connection);
         }
@@ -250,7 +266,10 @@ mod tests {
 
     #[test]
     fn every_fate_has_its_name() {
-        let fate = |answers| fate(&target(server(answers), false), 7, &Idle::default());
+        let fate = |answers| {
+            let client = Client::of_host().unwrap();
+            fate(&target(server(answers), false), 7, &client)
+        };
         assert_eq!(
             fate(&[
                 "HTTP/1.1 200 OK\r\ncontent-length: 44\r\n\r\n{\"request\": \"7\", \"pod\": \"p\", \"zygote\": null}"
@@ -286,7 +305,7 @@ mod tests {
             .unwrap()
             .local_addr()
             .unwrap();
-        let fate = fate(&target(gone, false), 1, &Idle::default());
+        let fate = fate(&target(gone, false), 1, &Client::of_host().unwrap());
         assert!(matches!(fate, Fate::Unsent(_)), "{fate:?}");
     }
 
@@ -296,11 +315,14 @@ mod tests {
             "HTTP/1.1 502 B\r\ncontent-length: 2\r\n\r\n{}",
             "HTTP/1.1 502 B\r\ncontent-length: 2\r\nConnection: close\r\n\r\n{}",
         ]);
-        let idle = Idle::default();
+        let client = Client::of_host().unwrap();
         for left in [1, 0] {
-            let fate = fate(&target(address, true), 1, &idle);
+            let fate = fate(&target(address, true), 1, &client);
             assert!(matches!(fate, Fate::Refused { .. }), "{fate:?}");
-            assert_eq!(lock(&idle).values().map(Vec::len).sum::<usize>(), left);
+            assert_eq!(
+                lock(&client.idle).values().map(Vec::len).sum::<usize>(),
+                left
+            );
         }
     }
 }
