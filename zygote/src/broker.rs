@@ -25,6 +25,14 @@ use crate::zygote::{Zygote, ZygoteChannel};
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
 /// Shims of one node that connect at the same moment.
 const BACKLOG: i32 = 128;
+/// Extension of a socket that listens.
+const READY: &str = "sock";
+/// Of one that does not yet, for some microseconds.
+const UNREADY: &str = "new";
+/// Its maker was killed before it listened.
+const ABANDONED_AFTER: Duration = Duration::from_secs(60);
+/// Each means that somebody removed the directory in the microseconds since it was made.
+const TRIES: usize = 5;
 
 /// The listening end, of a pool's shim. The path is removed when it is dropped.
 #[derive(Debug)]
@@ -39,23 +47,17 @@ impl Broker {
     /// # Errors
     /// [`Error::Path`].
     pub fn listen(path: &Path) -> Result<Broker> {
-        if let Some(dir) = path.parent() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)
-                .map_err(|e| Error::path("create the directory", dir)(errno(&e)))?;
-        }
-        match std::fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::path("remove the stale socket", path)(errno(&e)));
+        let mut tries = 0..TRIES;
+        let socket = loop {
+            match listening(path) {
+                // Whoever removes what a pool has left may find the directory empty and take it away.
+                Err(Error::Path {
+                    errno: Errno::NOENT,
+                    ..
+                }) if tries.next().is_some() => {}
+                other => break other?,
             }
-            _ => {}
-        }
-        let socket = seqpacket()?;
-        let (_dir, address) = address(path)?;
-        bind(&socket, &address).map_err(Error::path("bind", path))?;
-        listen(&socket, BACKLOG).map_err(Error::path("listen on", path))?;
+        };
         Ok(Broker {
             socket: watch(socket)?,
             path: path.to_owned(),
@@ -194,13 +196,57 @@ fn newest_first(dir: &Path) -> Result<Vec<PathBuf>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::path("read the directory", dir)(errno(&e))),
     };
-    let mut found: Vec<(SystemTime, PathBuf)> = entries
-        .filter_map(Result::ok)
-        .filter(|entry| entry.path().extension().is_some_and(|e| e == "sock"))
-        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-        .collect();
+    let mut found: Vec<(SystemTime, PathBuf)> = Vec::new();
+    for path in entries
+        .filter_map(std::result::Result::ok)
+        .map(|entry| entry.path())
+    {
+        let Ok(modified) = std::fs::symlink_metadata(&path).and_then(|about| about.modified())
+        else {
+            continue;
+        };
+        if path.extension().is_some_and(|e| e == READY) {
+            found.push((modified, path));
+        } else if path.extension().is_some_and(|e| e == UNREADY)
+            && modified.elapsed().is_ok_and(|age| age > ABANDONED_AFTER)
+        {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
     found.sort_by(|a, b| b.cmp(a));
     Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+/// A socket that appears at `path` once it listens: one that does not yet refuses connections as if nobody would ever
+/// listen, and is removed by those who look for a zygote.
+fn listening(path: &Path) -> Result<OwnedFd> {
+    if let Some(dir) = path.parent() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|e| Error::path("create the directory", dir)(errno(&e)))?;
+    }
+    let unready = path.with_extension(UNREADY);
+    match std::fs::remove_file(&unready) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::path("remove the stale socket", &unready)(errno(&e)));
+        }
+        _ => {}
+    }
+    let socket = seqpacket()?;
+    let (_dir, address) = address(&unready)?;
+    bind(&socket, &address).map_err(Error::path("bind", &unready))?;
+    let appeared = listen(&socket, BACKLOG)
+        .map_err(Error::path("listen on", &unready))
+        .and_then(|()| {
+            std::fs::rename(&unready, path).map_err(|e| Error::path("rename to", path)(errno(&e)))
+        });
+    if let Err(error) = appeared {
+        let _ = std::fs::remove_file(&unready);
+        return Err(error);
+    }
+    Ok(socket)
 }
 
 /// The address of a socket at `path`, through a descriptor of its directory that must be kept while the
@@ -234,4 +280,57 @@ fn seqpacket() -> Result<OwnedFd> {
         None,
     )
     .map_err(Error::system("make a socket (socket)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn who_looks_for_a_zygote_while_one_begins_to_listen_takes_nothing_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = || {
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap()
+        };
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                runtime().block_on(async {
+                    while !over.load(Ordering::Relaxed) {
+                        assert!(attach(dir.path()).await.unwrap().is_none());
+                    }
+                });
+            });
+            let kept = runtime().block_on(async {
+                (0..3000).find(|round| {
+                    let path = dir.path().join(format!("{round}.sock"));
+                    let _broker = Broker::listen(&path).unwrap();
+                    // Whoever came in between has had its look.
+                    std::thread::yield_now();
+                    !path.exists()
+                })
+            });
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(kept, None, "the socket of a living broker is gone");
+        });
+    }
+
+    #[test]
+    fn what_was_never_to_listen_is_removed_after_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join("a.new"), dir.path().join("b.new"));
+        for path in [&old, &new] {
+            std::fs::write(path, "").unwrap();
+        }
+        let then = SystemTime::now() - 2 * ABANDONED_AFTER;
+        let file = std::fs::File::options().write(true).open(&old).unwrap();
+        file.set_modified(then).unwrap();
+        assert!(newest_first(dir.path()).unwrap().is_empty());
+        assert!(!old.exists() && new.exists());
+    }
 }

@@ -309,7 +309,7 @@ fn objects(workers: usize) -> Vec<Value> {
             name,
             &json!({
                 "packageSet": SET, "handler": "app.handler", "source": {"inline": CODE},
-                "replicas": replicas, "reuse": reuse, "idle": idle, "timeoutSeconds": 10,
+                "replicas": replicas, "reuse": reuse, "idle": idle, "timeoutSeconds": 30,
             }),
         )
     };

@@ -19,7 +19,7 @@ use crate::http;
 /// Two transmissions of a first packet: whoever does not answer by then is not there.
 const CONNECTED_WITHIN: Duration = Duration::from_secs(2);
 /// Longer than a Function under test may take.
-const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
+const ANSWERED_WITHIN: Duration = Duration::from_secs(40);
 
 /// Where requests go to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
