@@ -277,30 +277,34 @@ fn fill(worker: &Equipped, pod: &Pod) -> Result<Injected> {
     })
 }
 
-/// A node gets a limit of memory a little above what it uses, and a request takes all of that.
+/// The pods of a node get a limit of memory a little above what they use, as kubelet gives them one
+/// (`enforceNodeAllocatable`), and a request takes all of that. What is not a pod does not compete: with a limit for
+/// the whole node the kernel takes pages of kubelet and containerd, which read them again, and kills nobody as long as
+/// there are such.
 fn exhaust(stage: &Stage, worker: &Equipped, pod: &Pod) -> Result<Injected> {
     const ROOM: u64 = 128 << 20;
-    // Files of cgroup version 1, or of version 2: what is used, and the limit with what stands for none.
-    const USED: &str =
-        "cd /sys/fs/cgroup; cat memory/memory.usage_in_bytes 2>/dev/null || cat memory.current";
-    const LIMIT: &str = "cd /sys/fs/cgroup; if [ -e memory.max ]; then echo MAX >memory.max; \
-        else echo LIMIT >memory/memory.limit_in_bytes; fi";
+    // Of either cgroup version, and with either driver.
+    const PODS: &str = "cd /sys/fs/cgroup; [ ! -d memory ] || cd memory; \
+        cd \"$(find . -maxdepth 2 -type d '(' -name '*kubepods.slice' -o -name kubepods ')' | head -n 1)\"; \
+        if [ -e memory.max ]; then used=memory.current limit=memory.max; \
+        else used=memory.usage_in_bytes limit=memory.limit_in_bytes; fi";
     let node = &worker.node;
-    let used = node.shell(USED)?;
-    let most = used.trim().parse::<u64>().context(used)? + ROOM;
-    let limit = |version_2: &str, version_1: &str| {
-        let command = LIMIT.replace("MAX", version_2);
-        node.shell(&command.replace("LIMIT", version_1))
-    };
+    let state = node.shell(&format!("{PODS}; cat $used $limit"))?;
+    let (used, before) = state
+        .trim()
+        .split_once('\n')
+        .with_context(|| state.clone())?;
+    let most = used.parse::<u64>().with_context(|| state.clone())? + ROOM;
+    let limit = |bytes: &str| node.shell(&format!("{PODS}; echo {bytes} >$limit"));
     let address = pod.address.context("the pod has no address")?;
     let request = format!(
         "curl --silent --max-time 60 'http://{address}:{PORT}/?request=greedy&megabytes={}'",
         most >> 20
     );
     let at = now();
-    limit(&most.to_string(), &most.to_string())?;
+    limit(&most.to_string())?;
     let answer = stage.control.node.shell(&request);
-    limit("max", "-1")?;
+    limit(before)?;
     let answer = answer?;
     if !answer.contains("ran out of memory") {
         bail!("a leaf that takes all memory is answered for by {answer:?}");
