@@ -183,6 +183,61 @@ def handler(event, context):
     Ok(())
 }
 
+/// Each function is larger than what Python puts into a pool of equal pieces, and has a page for itself.
+const SPREAD: &str = r"
+import sys, types
+
+spread = sys.modules.setdefault('spread', types.ModuleType('spread'))
+if not hasattr(spread, 'functions'):
+    spread.functions, spread.padding = [], []
+    for number in range(200):
+        scope = {}
+        exec('def f(n):\n' + '    if n > 1:\n        n -= 1\n' * 14 + '    return n', scope)
+        spread.functions.append(scope['f'])
+        spread.padding.append(bytes(6000))
+for function in spread.functions:
+    function(3)
+";
+
+#[test]
+fn code_that_is_written_to_lies_side_by_side() {
+    let code = r"
+import resource
+import spread
+
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def handler(event, context):
+    faults()
+    before = faults()
+    results = [function(3) for function in spread.functions]
+    return {'faults': faults() - before, 'results': sum(results), 'name': spread.functions[7].__code__.co_name}
+";
+    in_namespace("spread", |namespace| {
+        let set = manifest::package_set("spread", &["resource"]);
+        let set = manifest::with(set, &json!({"warmUp": SPREAD}));
+        namespace.serve(
+            "spread",
+            &[set, manifest::function("spread", "spread", code)],
+        )?;
+        let pod = namespace.pod_of("spread")?;
+        let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+        let mut client = Client::on(&Node::of(&pod)?.other()?)?;
+        let answer = client.get(address, 8080, "/")?.json()?;
+        ensure!(
+            answer["results"] == 200 && answer["name"] == "f",
+            "{answer}"
+        );
+        // 200 functions of 700 bytes.
+        let faults = answer["faults"].as_u64().context("faults")?;
+        ensure!(faults < 100, "{faults} pages were copied");
+        Ok(())
+    });
+}
+
 #[test]
 fn an_idle_pod_holds_no_interpreter_and_a_request_forks_the_zygote() {
     in_namespace("idle", |namespace| {

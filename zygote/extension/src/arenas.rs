@@ -5,6 +5,7 @@
 //! mapping more that every fork copies. A zygote gives them out of one range instead.
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::null_mut;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -69,12 +70,12 @@ pub fn gather() {
     unsafe { set(&raw mut allocator) };
 }
 
-/// From here on arenas lie where nothing has been before; yields where that is, or 0 if none are given out here.
-pub fn fresh() -> usize {
+/// From here on arenas lie where nothing has been before; yields where that is, which is nowhere if none are given out here.
+pub fn fresh() -> Range<usize> {
     let mut arenas = ARENAS.lock().unwrap_or_else(PoisonError::into_inner);
     arenas.next = arenas.usable;
     arenas.returned.clear();
-    arenas.next
+    arenas.next..arenas.end
 }
 
 fn symbol(name: &std::ffi::CStr) -> Option<Exchange> {

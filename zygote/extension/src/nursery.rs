@@ -6,6 +6,7 @@
 //! each later fork copies. So the holes are filled, and both begin on pages where nothing lies yet.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -29,15 +30,15 @@ pub struct Nursery {
 /// Fills the holes. To be called when everything is imported and what can be collected is.
 pub fn begin(_: Python<'_>) -> Nursery {
     let arenas = crate::arenas::fresh();
-    if arenas != 0 {
+    if !arenas.is_empty() {
         for size in (STEP..=SMALL).rev().step_by(STEP) {
             // SAFETY: the GIL is held; see `fill`.
-            unsafe { fill(size, arenas, ffi::PyObject_Malloc, ffi::PyObject_Free) };
+            unsafe { fill(size, &arenas, ffi::PyObject_Malloc, ffi::PyObject_Free) };
         }
     }
     Nursery {
         heap: fresh_heap(),
-        arenas,
+        arenas: arenas.start,
     }
 }
 
@@ -55,11 +56,12 @@ fn fresh_heap() -> usize {
         libc::mallopt(libc::M_TOP_PAD, AHEAD);
         libc::sbrk(0) as usize
     };
+    let fresh = heap..heap + MOST * (LARGE / STEP);
     let halves = std::iter::successors(Some(LARGE), |size| Some(size / 2));
     let halves = halves.take_while(|size| *size > LISTED);
     for size in halves.chain((24..=LISTED).rev().step_by(STEP)) {
         // SAFETY: the two belong together and may be called anywhere.
-        unsafe { fill(size, heap, libc::malloc, libc::free) };
+        unsafe { fill(size, &fresh, libc::malloc, libc::free) };
     }
     heap
 }
@@ -76,14 +78,14 @@ fn fresh_heap() -> usize {
 /// `allocate` and `free` belong together and may be called here.
 unsafe fn fill(
     size: usize,
-    fresh: usize,
+    fresh: &Range<usize>,
     allocate: unsafe extern "C" fn(usize) -> *mut c_void,
     free: unsafe extern "C" fn(*mut c_void),
 ) {
     for _ in 0..MOST / size {
         // SAFETY: by the caller.
         let piece = unsafe { allocate(size) };
-        if piece as usize >= fresh {
+        if fresh.contains(&(piece as usize)) {
             // SAFETY: it was just allocated.
             unsafe { free(piece) };
             return;

@@ -64,8 +64,17 @@ impl Runtime {
             .map(drop)
     }
 
-    pub fn warm_up(&self, py: Python<'_>, code: &str) -> PyResult<()> {
-        self.function(py, "warm_up")?.call1((code,)).map(drop)
+    pub fn watch(&self, py: Python<'_>, warm_up: &str) -> PyResult<()> {
+        self.function(py, "watch")?.call1((warm_up,)).map(drop)
+    }
+
+    /// To be called when memory is fresh.
+    pub fn gather(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "gather")?.call0().map(drop)
+    }
+
+    pub fn warm_up(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "warm_up")?.call0().map(drop)
     }
 
     pub fn settle(&self, py: Python<'_>) -> PyResult<()> {

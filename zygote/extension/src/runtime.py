@@ -29,6 +29,8 @@ SINGLE_THREADED = {
 _HERE = __file__
 _pools = None
 _warm_up = None
+# Code by its identity.
+_written = {}
 # Files of the Function's author; errors are shown with their line in these, if they have one.
 _own = "<warmUp>"
 
@@ -53,13 +55,74 @@ def become_zygote(path):
 _OFTEN = 20
 
 
-def warm_up(code):
-    """Runs what a PackageSet does ahead of all its leaves."""
-    global _warm_up
+def watch(code):
+    """Does what a PackageSet has its zygote do ahead of all leaves, and what every leaf does, and notes to which code
+    that writes."""
+    global _warm_up, _pools
     if code:
         _warm_up = compile(code, "<warmUp>", "exec")
-        for _ in range(_OFTEN):
-            _run_warm_up()
+    if "numpy" in sys.modules:
+        _pools = _find_pools()
+    _once()
+    # Before, code that is looked at has its references counted, and is not worth to be moved.
+    if sys.version_info < (3, 12):
+        return
+    before = {id(code): hash(code._co_code_adaptive) for code in _all_code()}
+    _once()
+    for code in _all_code():
+        if before.get(id(code)) not in (None, hash(code._co_code_adaptive)):
+            _written[id(code)] = code
+
+
+def _all_code():
+    import gc
+    from types import CodeType, FunctionType
+
+    known = {id(_warm_up): _warm_up} if _warm_up is not None else {}
+    for function in gc.get_objects():
+        if type(function) is FunctionType:
+            known[id(function.__code__)] = function.__code__
+    more = list(known.values())
+    while more:
+        inner = [c for c in more.pop().co_consts if isinstance(c, CodeType) and id(c) not in known]
+        known.update((id(c), c) for c in inner)
+        more += inner
+    return known.values()
+
+
+def _once():
+    if _warm_up is not None:
+        _run_warm_up()
+    _rehearse()
+
+
+def gather():
+    """Copies the code that is written to, so that it lies side by side. Python writes to code whenever it runs, if only
+    to note which way a branch went; spread over all code, that is a page for nearly every function."""
+    global _warm_up
+    import gc
+    from types import CodeType, FunctionType
+
+    copies = {}
+
+    def copy(code):
+        made = copies.get(id(code))
+        if made is None:
+            inner = [copy(c) if isinstance(c, CodeType) and id(c) in _written else c for c in code.co_consts]
+            made = copies[id(code)] = code.replace(co_consts=tuple(inner))
+        return made
+
+    for function in gc.get_objects():
+        if type(function) is FunctionType and id(function.__code__) in _written:
+            function.__code__ = copy(function.__code__)
+    if id(_warm_up) in _written:
+        _warm_up = copy(_warm_up)
+    _written.clear()
+
+
+def warm_up():
+    for _ in range(_OFTEN if _warm_up is not None else 0):
+        _run_warm_up()
 
 
 def _run_warm_up():
@@ -68,9 +131,6 @@ def _run_warm_up():
 
 def settle():
     """After the last import: what exists now is shared by all leaves."""
-    global _pools
-    if "numpy" in sys.modules:
-        _pools = _find_pools()
     for _ in range(_OFTEN):
         _rehearse()
     os.environ.clear()

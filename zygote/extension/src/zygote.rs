@@ -127,16 +127,25 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         });
         check_threads(name, &mut threads)?;
     }
+    let warm_up = if setup.warm_up.is_empty() {
+        ""
+    } else {
+        WARM_UP
+    };
     runtime
-        .warm_up(py, &setup.warm_up)
-        .map_err(|e| refuse(WARM_UP, &e))?;
+        .watch(py, &setup.warm_up)
+        .map_err(|e| refuse(warm_up, &e))?;
+    let fresh = nursery::begin(py);
+    runtime.gather(py).map_err(|e| refuse("", &e))?;
+    runtime.warm_up(py).map_err(|e| refuse(WARM_UP, &e))?;
     check_threads(WARM_UP, &mut threads)?;
     runtime.settle(py).map_err(|e| refuse("", &e))?;
     let immortal = immortalize(py).map_err(|e| refuse("", &e))?;
     // Half a line that an import has printed would be printed again by every leaf.
     runtime.flush(py);
     runtime.freeze(py).map_err(|e| refuse("", &e))?;
-    pages::collapse(nursery::begin(py));
+    nursery::begin(py);
+    pages::collapse(fresh);
     eprintln!("sock: {immortal} objects are not counted any more");
     Ok(FromZygote::Ready {
         import_micros: micros(start),
