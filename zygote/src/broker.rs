@@ -283,6 +283,7 @@ fn seqpacket() -> Result<OwnedFd> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
