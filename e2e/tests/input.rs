@@ -452,7 +452,7 @@ fn a_zygote_that_cannot_be_is_explained() {
                 "threads",
                 &[
                     "warmUp",
-                    "it started 20 threads",
+                    "it started 1 thread ",
                     "mine (time)",
                     "accepted threads",
                 ],

@@ -64,8 +64,12 @@ impl Runtime {
             .map(drop)
     }
 
-    pub fn watch(&self, py: Python<'_>, warm_up: &str) -> PyResult<()> {
-        self.function(py, "watch")?.call1((warm_up,)).map(drop)
+    pub fn try_out(&self, py: Python<'_>, warm_up: &str) -> PyResult<()> {
+        self.function(py, "try_out")?.call1((warm_up,)).map(drop)
+    }
+
+    pub fn watch(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "watch")?.call0().map(drop)
     }
 
     /// To be called when memory is fresh.

@@ -55,15 +55,18 @@ def become_zygote(path):
 _OFTEN = 20
 
 
-def watch(code):
-    """Does what a PackageSet has its zygote do ahead of all leaves, and what every leaf does, and notes to which code
-    that writes."""
+def try_out(code):
+    """Does once what a PackageSet has its zygote do ahead of all leaves, and what every leaf does."""
     global _warm_up, _pools
     if code:
         _warm_up = compile(code, "<warmUp>", "exec")
     if "numpy" in sys.modules:
         _pools = _find_pools()
     _once()
+
+
+def watch():
+    """Does it again, and notes to which code that writes."""
     # Before, code that is looked at has its references counted, and is not worth to be moved.
     if sys.version_info < (3, 12):
         return

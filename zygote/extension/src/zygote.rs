@@ -133,8 +133,10 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         WARM_UP
     };
     runtime
-        .watch(py, &setup.warm_up)
+        .try_out(py, &setup.warm_up)
         .map_err(|e| refuse(warm_up, &e))?;
+    check_threads(WARM_UP, &mut threads)?;
+    runtime.watch(py).map_err(|e| refuse(warm_up, &e))?;
     let fresh = nursery::begin(py);
     runtime.gather(py).map_err(|e| refuse("", &e))?;
     runtime.warm_up(py).map_err(|e| refuse(WARM_UP, &e))?;
