@@ -1,6 +1,7 @@
 //! How a Function's shim finds a pool's zygote on its node: the pool's shim listens on a path, and
 //! gives every shim that connects a channel of its own. Both are root, and nobody else may be.
 
+use std::ffi::OsStr;
 use std::fs::DirBuilder;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
@@ -197,20 +198,17 @@ fn newest_first(dir: &Path) -> Result<Vec<PathBuf>> {
         Err(e) => return Err(Error::path("read the directory", dir)(errno(&e))),
     };
     let mut found: Vec<(SystemTime, PathBuf)> = Vec::new();
-    for path in entries
-        .filter_map(std::result::Result::ok)
-        .map(|entry| entry.path())
-    {
-        let Ok(modified) = std::fs::symlink_metadata(&path).and_then(|about| about.modified())
-        else {
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let Ok(modified) = entry.metadata().and_then(|about| about.modified()) else {
             continue;
         };
-        if path.extension().is_some_and(|e| e == READY) {
-            found.push((modified, path));
-        } else if path.extension().is_some_and(|e| e == UNREADY)
-            && modified.elapsed().is_ok_and(|age| age > ABANDONED_AFTER)
-        {
-            let _ = std::fs::remove_file(&path);
+        match path.extension().and_then(OsStr::to_str) {
+            Some(READY) => found.push((modified, path)),
+            Some(UNREADY) if modified.elapsed().is_ok_and(|age| age > ABANDONED_AFTER) => {
+                let _ = std::fs::remove_file(&path);
+            }
+            _ => {}
         }
     }
     found.sort_by(|a, b| b.cmp(a));

@@ -56,7 +56,7 @@ fn fresh_heap() -> usize {
         libc::mallopt(libc::M_TOP_PAD, AHEAD);
         libc::sbrk(0) as usize
     };
-    let fresh = heap..heap + MOST * (LARGE / STEP);
+    let fresh = heap..usize::MAX;
     let halves = std::iter::successors(Some(LARGE), |size| Some(size / 2));
     let halves = halves.take_while(|size| *size > LISTED);
     for size in halves.chain((24..=LISTED).rev().step_by(STEP)) {

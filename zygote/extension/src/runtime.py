@@ -60,9 +60,11 @@ def try_out(code):
     global _warm_up, _pools
     if code:
         _warm_up = compile(code, "<warmUp>", "exec")
+        _run_warm_up()
+    # The warm-up may be the first to load a numeric library.
     if "numpy" in sys.modules:
         _pools = _find_pools()
-    _once()
+    _rehearse()
 
 
 def watch():
@@ -71,7 +73,7 @@ def watch():
     if sys.version_info < (3, 12):
         return
     before = {id(code): hash(code._co_code_adaptive) for code in _all_code()}
-    _once()
+    rehearse()
     for code in _all_code():
         if before.get(id(code)) not in (None, hash(code._co_code_adaptive)):
             _written[id(code)] = code
@@ -93,16 +95,12 @@ def _all_code():
     return known.values()
 
 
-def _once():
-    if _warm_up is not None:
-        _run_warm_up()
-    _rehearse()
-
-
 def gather():
     """Copies the code that is written to, so that it lies side by side. Python writes to code whenever it runs, if only
     to note which way a branch went; spread over all code, that is a page for nearly every function."""
     global _warm_up
+    if not _written:
+        return
     import gc
     from types import CodeType, FunctionType
 
@@ -143,7 +141,7 @@ def settle():
 
 
 def rehearse():
-    """In a spare: touches what its request will touch."""
+    """Touches what a request will touch: in a spare ahead of it, and in a zygote to see what that is."""
     _rehearse()
     if _warm_up is not None:
         _run_warm_up()
