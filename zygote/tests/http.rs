@@ -53,8 +53,12 @@ def slow(event, context):
     time.sleep(float(event["query"]["s"]))
     return "slept"
 
+def pinned(event, context):
+    os.sched_setaffinity(0, {int(event["query"]["cpu"])})
+    return "pinned"
+
 def handler(event, context):
-    return {"/r": results, "/slow": slow}.get(event["path"], echo)(event, context)
+    return {"/r": results, "/slow": slow, "/pinned": pinned}.get(event["path"], echo)(event, context)
 "#;
 
 struct Served {
@@ -497,6 +501,64 @@ fn a_single_request_leaf_never_serves_what_was_pipelined() {
         assert_eq!(body(&reply(&mut client))["path"], "/one");
         assert_eq!(ended(&mut client), b"");
     });
+}
+
+/// The client has its answer, and sends on, before the leaf returns from sending it: it waits on the leaf's
+/// processor and goes before everything there.
+#[test]
+fn what_a_client_sends_right_after_its_answer_is_left_for_the_next_leaf() {
+    shim(async {
+        let cpu = rustix::thread::sched_getcpu();
+        let leaf = Served::with(|f| f.setup.single_request = true).await;
+        let (client, served) = connection();
+        let (begin, began) = std::sync::mpsc::channel();
+        let asking = std::thread::spawn(move || {
+            run_first_on(cpu);
+            let mut client = client;
+            client
+                .write_all(get(&format!("/pinned?cpu={cpu}")).as_bytes())
+                .unwrap();
+            begin.send(()).unwrap();
+            let first = reply(&mut client);
+            client.write_all(get("/two").as_bytes()).unwrap();
+            (first, client)
+        });
+        began.recv().unwrap();
+        leaf.leaf.leaf.serve(7, served.as_fd()).unwrap();
+        let events = until(&leaf.leaf.leaf, |e| {
+            matches!(e, Event::Parked { .. } | Event::Closed { .. })
+        })
+        .await;
+        let (first, mut client) = asking.join().unwrap();
+        assert_eq!(first.text(), "pinned");
+        assert_eq!(events.last(), Some(&Event::Parked { conn: 7 }));
+        let next = leaf
+            .function
+            .leaf(&leaf.pool.channel, true, Some((8, served.as_fd())))
+            .await
+            .unwrap();
+        until(&next.leaf, |e| *e == Event::Parked { conn: 8 }).await;
+        assert_eq!(body(&reply(&mut client))["path"], "/two");
+    });
+}
+
+/// The calling thread runs on that processor, as soon as it can.
+fn run_first_on(cpu: usize) {
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(cpu);
+    rustix::thread::sched_setaffinity(None, &one).unwrap();
+    let priority: libc::c_int = 1;
+    // By number, since musl's function of that name only fails.
+    // SAFETY: the kernel reads one integer, the whole of its `struct sched_param`.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_sched_setscheduler,
+            0,
+            libc::SCHED_FIFO,
+            &raw const priority,
+        )
+    };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }
 
 #[test]

@@ -420,7 +420,7 @@ impl Service<Request<Incoming>> for Requests {
             shared.stage.set(Stage::Serving(began));
             shared.requests.set(shared.requests.get() + 1);
             shop.tell(&FromLeaf::Began { conn });
-            let response = shop.answer(request).await?;
+            let response = shop.answer(request, &shared).await?;
             shared.stage.set(Stage::Answered {
                 began,
                 status: response.status().as_u16(),
@@ -434,8 +434,15 @@ impl Shop {
     async fn answer(
         &self,
         request: Request<Incoming>,
+        shared: &Shared,
     ) -> Result<Response<Full<Bytes>>, hyper::Error> {
         let (head, body) = request.into_parts();
+        // What a client sends once it has its answer is for the next leaf. hyper would look for it before it says that
+        // the answer is written, and nothing that it has read can go back into the socket.
+        let whole = || shared.mute(self.single);
+        if body.is_end_stream() {
+            whole();
+        }
         let id = request_id(&head.headers);
         // hyper's own limit counts only while the head is not whole, and one read may bring more.
         if size(&head) > MOST_HEAD {
@@ -460,7 +467,10 @@ impl Shop {
             .collect()
             .await
         {
-            Ok(body) => body.to_bytes(),
+            Ok(body) => {
+                whole();
+                body.to_bytes()
+            }
             Err(error) if error.is::<LengthLimitError>() => return Ok(too_large()),
             Err(error) => match error.downcast::<hyper::Error>() {
                 // The client left before it had sent everything: there is nobody to answer.

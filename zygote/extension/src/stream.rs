@@ -58,7 +58,7 @@ impl Shared {
     /// What to wait for in poll(2).
     pub fn interest(&self) -> PollFlags {
         let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, self.starved.get());
+        flags.set(PollFlags::IN, self.starved.get() && !self.muted.get());
         flags.set(PollFlags::OUT, self.blocked.get());
         flags
     }
