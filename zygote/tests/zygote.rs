@@ -227,6 +227,47 @@ fn what_warms_up_runs_often_in_the_zygote_and_once_more_in_a_spare() {
     });
 }
 
+/// To look for the thread pools of numeric libraries takes milliseconds, so the zygote does it, once all are loaded.
+#[test]
+fn thread_pools_of_what_only_the_warm_up_loads_are_looked_for_in_the_zygote() {
+    const POOLS: &str = "
+looked = 0
+class Pool:
+    num_threads = 1
+    def set_num_threads(self, count):
+        self.num_threads = count
+class ThreadpoolController:
+    def __init__(self):
+        global looked
+        looked += 1
+        self.lib_controllers = pools
+pools = [Pool()]
+";
+    const REPORT: &str = "
+import threadpoolctl
+# Before the leaf has its threads.
+in_zygote = threadpoolctl.looked
+def handler(event, context):
+    return [in_zygote, threadpoolctl.looked, threadpoolctl.pools[0].num_threads]
+";
+    shim(async {
+        let files = [
+            ("/packages/numpy.py", ""),
+            ("/packages/threadpoolctl.py", POOLS),
+        ];
+        let mut setup = zygote_setup(&["json"]);
+        setup.path = vec!["/packages".into()];
+        setup.warm_up = "import numpy\n".into();
+        let pool = Pool::start(Container::new(&files, &[]), &setup)
+            .await
+            .unwrap();
+        let mut function = Function::new(&pool, REPORT, &[]);
+        function.setup.threads = 3;
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!([1, 1, 3]));
+    });
+}
+
 #[test]
 fn half_a_line_that_the_zygote_has_printed_is_not_printed_again_by_its_leaves() {
     const HALF: &str = "import sys\nsys.stdout.write('half a line')\n";

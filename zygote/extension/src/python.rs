@@ -68,13 +68,13 @@ impl Runtime {
         self.function(py, "try_out")?.call1((warm_up,)).map(drop)
     }
 
-    pub fn watch(&self, py: Python<'_>) -> PyResult<()> {
-        self.function(py, "watch")?.call0().map(drop)
+    pub fn watch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.function(py, "watch")?.call0()
     }
 
-    /// To be called when memory is fresh.
-    pub fn gather(&self, py: Python<'_>) -> PyResult<()> {
-        self.function(py, "gather")?.call0().map(drop)
+    /// To be called with what `watch` has found, when memory is fresh.
+    pub fn gather(&self, py: Python<'_>, written: Bound<'_, PyAny>) -> PyResult<()> {
+        self.function(py, "gather")?.call1((written,)).map(drop)
     }
 
     pub fn warm_up(&self, py: Python<'_>) -> PyResult<()> {

@@ -29,8 +29,6 @@ SINGLE_THREADED = {
 _HERE = __file__
 _pools = None
 _warm_up = None
-# Code by its identity.
-_written = {}
 # Files of the Function's author; errors are shown with their line in these, if they have one.
 _own = "<warmUp>"
 
@@ -68,15 +66,15 @@ def try_out(code):
 
 
 def watch():
-    """Does it again, and notes to which code that writes."""
+    """Does it again; yields the code to which that writes, by its identity."""
     # Before, code that is looked at has its references counted, and is not worth to be moved.
     if sys.version_info < (3, 12):
-        return
+        return {}
     before = {id(code): hash(code._co_code_adaptive) for code in _all_code()}
     rehearse()
-    for code in _all_code():
-        if before.get(id(code)) not in (None, hash(code._co_code_adaptive)):
-            _written[id(code)] = code
+    return {
+        id(code): code for code in _all_code() if before.get(id(code)) not in (None, hash(code._co_code_adaptive))
+    }
 
 
 def _all_code():
@@ -95,11 +93,12 @@ def _all_code():
     return known.values()
 
 
-def gather():
-    """Copies the code that is written to, so that it lies side by side. Python writes to code whenever it runs, if only
-    to note which way a branch went; spread over all code, that is a page for nearly every function."""
+def gather(written):
+    """Copies the code that is written to, which `watch` has found, so that it lies side by side. Python writes to code
+    whenever it runs, if only to note which way a branch went; spread over all code, that is a page for nearly every
+    function."""
     global _warm_up
-    if not _written:
+    if not written:
         return
     import gc
     from types import CodeType, FunctionType
@@ -109,16 +108,15 @@ def gather():
     def copy(code):
         made = copies.get(id(code))
         if made is None:
-            inner = [copy(c) if isinstance(c, CodeType) and id(c) in _written else c for c in code.co_consts]
+            inner = [copy(c) if isinstance(c, CodeType) and id(c) in written else c for c in code.co_consts]
             made = copies[id(code)] = code.replace(co_consts=tuple(inner))
         return made
 
     for function in gc.get_objects():
-        if type(function) is FunctionType and id(function.__code__) in _written:
+        if type(function) is FunctionType and id(function.__code__) in written:
             function.__code__ = copy(function.__code__)
-    if id(_warm_up) in _written:
+    if id(_warm_up) in written:
         _warm_up = copy(_warm_up)
-    _written.clear()
 
 
 def warm_up():

@@ -136,9 +136,9 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         .try_out(py, &setup.warm_up)
         .map_err(|e| refuse(warm_up, &e))?;
     check_threads(WARM_UP, &mut threads)?;
-    runtime.watch(py).map_err(|e| refuse(warm_up, &e))?;
+    let written = runtime.watch(py).map_err(|e| refuse(warm_up, &e))?;
     let fresh = nursery::begin(py);
-    runtime.gather(py).map_err(|e| refuse("", &e))?;
+    runtime.gather(py, written).map_err(|e| refuse("", &e))?;
     runtime.warm_up(py).map_err(|e| refuse(WARM_UP, &e))?;
     check_threads(WARM_UP, &mut threads)?;
     runtime.settle(py).map_err(|e| refuse("", &e))?;
