@@ -38,12 +38,12 @@ pub enum Error {
 pub struct Forker {
     own_pids: OwnedFd,
     null: OwnedFd,
-    /// Whether a thread may write between two forks, whose buffered output would appear twice.
-    flush: bool,
+    /// Whether threads were accepted, which run between two forks.
+    pub threads: bool,
 }
 
 impl Forker {
-    pub fn new(flush: bool) -> std::io::Result<Forker> {
+    pub fn new(threads: bool) -> std::io::Result<Forker> {
         Ok(Forker {
             own_pids: File::open("/proc/self/ns/pid")?.into(),
             null: File::options()
@@ -51,7 +51,7 @@ impl Forker {
                 .write(true)
                 .open("/dev/null")?
                 .into(),
-            flush,
+            threads,
         })
     }
 
@@ -62,16 +62,22 @@ impl Forker {
         runtime: &Runtime,
         channel: &OwnedFd,
     ) -> Result<Side, Error> {
-        // Whatever a zygote writes to is copied once more for it after each fork: it runs no Python it can do without.
-        if self.flush {
+        if self.threads {
+            // What they have buffered would appear twice.
             runtime.flush(py);
+            // SAFETY: the GIL is held; the three calls stand where os.fork() makes them.
+            unsafe { PyOS_BeforeFork() };
         }
-        // SAFETY: the GIL is held and the process has no other thread that the interpreter knows of;
-        // the three calls stand where os.fork() makes them.
-        unsafe { PyOS_BeforeFork() };
         let outcome = self.fork_into_own_pids();
         match outcome {
             Ok(0) => {
+                if !self.threads {
+                    // Whatever a zygote writes to is copied once more for it after each fork, and one byte breaks up a huge
+                    // page: it runs no Python. With a single thread, what has to be done before a fork (locks, hooks) can
+                    // as well be done in the child, which is the same at this point.
+                    // SAFETY: the GIL is held, and no other thread is there to have any lock.
+                    unsafe { PyOS_BeforeFork() };
+                }
                 // SAFETY: as above, in the child.
                 unsafe { PyOS_AfterFork_Child() };
                 match self.keep_only(channel) {
@@ -84,8 +90,10 @@ impl Forker {
                 }
             }
             other => {
-                // SAFETY: as above, in the parent, also when there is no child.
-                unsafe { PyOS_AfterFork_Parent() };
+                if self.threads {
+                    // SAFETY: as above, in the parent, also when there is no child.
+                    unsafe { PyOS_AfterFork_Parent() };
+                }
                 other.map(|_| Side::Parent)
             }
         }

@@ -64,6 +64,10 @@ impl From<protocol::Error> for End {
 /// Lives and ends: a forked child must never return into the zygote's loop.
 pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) -> ! {
     let mut phases = Phases::default();
+    let begun = match birth {
+        Birth::Interpreter => Ok(()),
+        Birth::Fork | Birth::Spare => runtime.after_fork(py).map_err(|e| failed(py, runtime, &e)),
+    };
     let (control, prepared) = match birth {
         Birth::Interpreter => (channel, Ok(())),
         Birth::Fork => {
@@ -95,7 +99,10 @@ pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) ->
     if birth == Birth::Interpreter && hello(&control).is_err() {
         exit(py, runtime, 0);
     }
-    let status = match prepared.and_then(|()| become_leaf(py, runtime, &control, birth, phases)) {
+    let status = match begun
+        .and(prepared)
+        .and_then(|()| become_leaf(py, runtime, &control, birth, phases))
+    {
         Ok(server) => http::serve(py, runtime, &control, server),
         Err(End::Dismissed) => 0,
         Err(End::Failed { message, traceback }) => {

@@ -1,7 +1,8 @@
 //! The functions of `runtime.py`, called from Rust.
 
-use std::cell::Cell;
-use std::ffi::CStr;
+use std::cell::OnceCell;
+use std::ffi::{CStr, CString, c_char};
+use std::rc::Rc;
 
 use pyo3::exceptions::PySystemExit;
 use pyo3::prelude::*;
@@ -10,8 +11,14 @@ use pyo3::types::{PyBytes, PyDict, PyList};
 /// `runtime.py`, compiled.
 pub struct Runtime {
     module: Py<PyModule>,
-    /// Address of the state of numpy's global generator, once it is known; 0 if there is none.
-    generator: Cell<usize>,
+    /// The generators that a leaf seeds, once all that are there are of the known kind.
+    generators: OnceCell<Rc<[Twister]>>,
+}
+
+/// Where a Mersenne twister has its state. Only numbers: what is there lives as long as the process.
+struct Twister {
+    words: usize,
+    position: usize,
 }
 
 /// What a person is told when Python code failed.
@@ -30,7 +37,7 @@ pub struct Answer {
 }
 
 /// Of the state of a Mersenne twister.
-const WORDS: u16 = 624;
+const WORDS: usize = 624;
 
 const SOURCE: &CStr =
     match CStr::from_bytes_with_nul(concat!(include_str!("runtime.py"), "\0").as_bytes()) {
@@ -43,14 +50,14 @@ impl Runtime {
         let module = PyModule::from_code(py, SOURCE, c"<sock>", c"sock_runtime")?;
         Ok(Runtime {
             module: module.unbind(),
-            generator: Cell::new(0),
+            generators: OnceCell::new(),
         })
     }
 
     pub fn clone_ref(&self, py: Python<'_>) -> Runtime {
         Runtime {
             module: self.module.clone_ref(py),
-            generator: self.generator.clone(),
+            generators: self.generators.clone(),
         }
     }
 
@@ -58,23 +65,39 @@ impl Runtime {
         self.module.bind(py).getattr(name)
     }
 
-    pub fn become_zygote(&self, py: Python<'_>, path: &[String]) -> PyResult<()> {
+    pub fn become_zygote(
+        &self,
+        py: Python<'_>,
+        path: &[String],
+        accepts_threads: bool,
+    ) -> PyResult<()> {
         self.function(py, "become_zygote")?
-            .call1((PyList::new(py, path)?,))
+            .call1((PyList::new(py, path)?, accepts_threads))
             .map(drop)
+    }
+
+    /// In a leaf, after what the interpreter itself does there.
+    pub fn after_fork(&self, py: Python<'_>) -> PyResult<()> {
+        self.function(py, "after_fork")?.call0().map(drop)
     }
 
     pub fn try_out(&self, py: Python<'_>, warm_up: &str) -> PyResult<()> {
         self.function(py, "try_out")?.call1((warm_up,)).map(drop)
     }
 
+    /// Yields what `gather` takes.
     pub fn watch<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.function(py, "watch")?.call0()
     }
 
-    /// To be called with what `watch` has found, when memory is fresh.
-    pub fn gather(&self, py: Python<'_>, written: Bound<'_, PyAny>) -> PyResult<()> {
-        self.function(py, "gather")?.call1((written,)).map(drop)
+    /// To be called when memory is fresh, on the C library's heap from the address `heap`.
+    pub fn gather(&self, py: Python<'_>, ran: Bound<'_, PyAny>, heap: usize) -> PyResult<()> {
+        self.function(py, "gather")?.call1((ran,))?;
+        self.function(py, "refresh_arrays")?.call1((heap,))?;
+        // Names that some import was the last to look for would be given back by the leaf that needs their place.
+        // SAFETY: the GIL is held.
+        unsafe { pyo3::ffi::PyType_ClearCache() };
+        Ok(())
     }
 
     pub fn warm_up(&self, py: Python<'_>) -> PyResult<()> {
@@ -83,8 +106,11 @@ impl Runtime {
 
     pub fn settle(&self, py: Python<'_>) -> PyResult<()> {
         self.function(py, "settle")?.call0()?;
-        let generator = self.function(py, "generator_state")?.call0()?;
-        self.generator.set(generator.extract()?);
+        let found = self.function(py, "generators")?.call0()?;
+        let found = found.extract::<Option<Vec<_>>>()?;
+        if let Some(found) = found.and_then(|found| found.into_iter().map(twister).collect()) {
+            let _ = self.generators.set(found);
+        }
         Ok(())
     }
 
@@ -117,8 +143,12 @@ impl Runtime {
     ) -> PyResult<()> {
         let variables = PyDict::new(py);
         for (name, value) in env {
-            variables.set_item(name, value)?;
+            variables.set_item(
+                PyBytes::new(py, name.as_bytes()),
+                PyBytes::new(py, value.as_bytes()),
+            )?;
         }
+        set_environment(env)?;
         self.function(py, "enter")?
             .call1((variables, PyList::new(py, path)?, cwd, handler))
             .map(drop)
@@ -131,19 +161,20 @@ impl Runtime {
 
     /// The same, as long as nobody has used them since [`Runtime::settle`].
     pub fn reseed_untouched(&self, py: Python<'_>) -> PyResult<()> {
-        let state = self.generator.get() as *mut u32;
-        if state.is_null() {
+        let Some(generators) = self.generators.get() else {
             return self.reseed(py);
+        };
+        for twister in generators.iter() {
+            let size = WORDS * size_of::<u32>();
+            // SAFETY: `settle` has found the words of a generator there, which lives as long as the process. The GIL is
+            // held.
+            let got = unsafe { libc::getrandom(twister.words as *mut libc::c_void, size, 0) };
+            if usize::try_from(got) != Ok(size) {
+                return self.reseed(py);
+            }
+            // SAFETY: likewise. Past the last word: the next number is of a new round.
+            unsafe { (twister.position as *mut u32).write(WORDS as u32) };
         }
-        let size = usize::from(WORDS) * size_of::<u32>();
-        // SAFETY: numpy keeps its MT19937 there for as long as the process lives, 624 words and the position of the
-        // next (numpy/random/src/mt19937/mt19937.h); `generator_state` has made sure of the kind. The GIL is held.
-        let got = unsafe { libc::getrandom(state.cast(), size, 0) };
-        if usize::try_from(got) != Ok(size) {
-            return self.reseed(py);
-        }
-        // SAFETY: likewise. Past the last word: the next number is of a new round.
-        unsafe { state.add(WORDS.into()).write(WORDS.into()) };
         Ok(())
     }
 
@@ -228,4 +259,35 @@ impl Runtime {
             Some(code.extract().unwrap_or(1))
         }
     }
+}
+
+/// Makes sure that the state lies where it is said to: address of the words and of the position, and what Python says is there.
+fn twister((words, position, known, at): (usize, usize, Vec<u32>, u32)) -> Option<Twister> {
+    if known.len() != WORDS || words == 0 || !words.is_multiple_of(align_of::<u32>()) {
+        return None;
+    }
+    // SAFETY: `generators` of runtime.py looks at the kind and the size of the object first, so that so much can be read.
+    let (found, found_at) = unsafe {
+        (
+            std::slice::from_raw_parts(words as *const u32, WORDS),
+            (position as *const u32).read(),
+        )
+    };
+    (found == known && found_at == at).then_some(Twister { words, position })
+}
+
+unsafe extern "C" {
+    static mut environ: *mut *mut c_char;
+}
+
+/// Gives the C library these variables and no others (environ(7)), by one list in place of a call for each.
+fn set_environment(env: &[(String, String)]) -> PyResult<()> {
+    let mut list = Vec::with_capacity(env.len() + 1);
+    for (name, value) in env {
+        list.push(CString::new(format!("{name}={value}"))?.into_raw());
+    }
+    list.push(std::ptr::null_mut());
+    // SAFETY: the process has one thread that could look at it now. List and texts are never freed.
+    unsafe { environ = list.leak().as_mut_ptr() };
+    Ok(())
 }

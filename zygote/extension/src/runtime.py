@@ -7,6 +7,9 @@ below. Nothing here is imported by name, and nothing here reads a file.
 import os
 import sys
 import time
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.machinery import SourceFileLoader as _SourceFileLoader
+from types import ModuleType as _ModuleType
 
 # Libraries that would start threads while they are imported, and what keeps each from it. A thread
 # does not survive a fork; the leaf gives numeric libraries their threads back (see `allow_threads`).
@@ -26,14 +29,25 @@ SINGLE_THREADED = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
+# Modules whose hooks do nothing between two processes of one thread: they give locks the state that these have
+# already. What else they do is done by `after_fork`, `settle` and `reseed`.
+IDLE_HOOKS = {"asyncio.events", "concurrent.futures.thread", "logging", "random", "threading"}
+
 _HERE = __file__
 _pools = None
 _warm_up = None
+_register_at_fork = os.register_at_fork
+# Module and arguments of each registration; `None` where the interpreter itself calls the hooks.
+_hooks = None
 # Files of the Function's author; errors are shown with their line in these, if they have one.
 _own = "<warmUp>"
 
 
-def become_zygote(path):
+def become_zygote(path, accepts_threads):
+    global _hooks
+    if not accepts_threads:
+        _hooks = []
+        os.register_at_fork = _keep_hooks
     os.environ.update(SINGLE_THREADED)
     # A leaf's directories are read-only as a rule, and each attempt to write there costs.
     sys.dont_write_bytecode = True
@@ -47,6 +61,41 @@ def become_zygote(path):
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(line_buffering=True)
+
+
+def _keep_hooks(**hooks):
+    """Stands in for `os.register_at_fork`: what a leaf would have to run for nothing is most of what a small one runs."""
+    if _hooks is None or not hooks or not all(map(callable, hooks.values())):
+        _register_at_fork(**hooks)
+    else:
+        _hooks.append((sys._getframe(1).f_globals.get("__name__"), hooks))
+
+
+def after_fork():
+    """In a leaf: the hooks that were kept from the interpreter, which has them for the leaf's own forks from here on."""
+    global _hooks
+    if _hooks is None:
+        return
+    hooks, _hooks = _hooks, None
+    foreign = [kinds for module, kinds in hooks if module not in IDLE_HOOKS]
+    if foreign:
+        _call([kinds.get("before") for kinds in reversed(foreign)])
+        _call([kinds.get("after_in_child") for kinds in foreign])
+    for _, kinds in hooks:
+        _register_at_fork(**kinds)
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading.main_thread()._set_native_id()
+
+
+def _call(hooks):
+    for hook in hooks:
+        if hook is not None:
+            try:
+                hook()
+            except BaseException as error:
+                # As the interpreter does it: the fork goes on.
+                print(explain(error)[1], file=sys.stderr, end="")
 
 
 # So many calls specialize code (PEP 659; Python 3.11 begins at the eighth, a loop of it at the sixteenth).
@@ -66,15 +115,50 @@ def try_out(code):
 
 
 def watch():
-    """Does it again; yields the code to which that writes, by its identity."""
+    """Yields the code that a leaf runs, by its identity: a child does what a leaf does, and tells."""
     # Before, code that is looked at has its references counted, and is not worth to be moved.
     if sys.version_info < (3, 12):
         return {}
-    before = {id(code): hash(code._co_code_adaptive) for code in _all_code()}
-    rehearse()
-    return {
-        id(code): code for code in _all_code() if before.get(id(code)) not in (None, hash(code._co_code_adaptive))
-    }
+    flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            ran = _watched()
+            with open(writer, "w") as report:
+                report.write(" ".join(map(str, ran)))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as report:
+        ran = set(map(int, report.read().split()))
+    os.waitpid(child, 0)
+    return {id(code): code for code in _all_code() if id(code) in ran}
+
+
+def _watched():
+    """Identities of the code that runs. What is watched is changed by that, so this is for a process that ends."""
+    monitoring = sys.monitoring
+    ran = set()
+
+    def note(code, _):
+        ran.add(id(code))
+        return monitoring.DISABLE
+
+    tool = next(tool for tool in range(6) if monitoring.get_tool(tool) is None)
+    monitoring.use_tool_id(tool, "sock")
+    for event in (monitoring.events.PY_START, monitoring.events.PY_RESUME):
+        monitoring.register_callback(tool, event, note)
+    monitoring.set_events(tool, monitoring.events.PY_START | monitoring.events.PY_RESUME)
+    try:
+        after_fork()
+        rehearse()
+    except BaseException as error:
+        # It is told again by those who follow.
+        print(explain(error)[1], file=sys.stderr, end="")
+    monitoring.set_events(tool, 0)
+    return ran
 
 
 def _all_code():
@@ -93,12 +177,11 @@ def _all_code():
     return known.values()
 
 
-def gather(written):
-    """Copies the code that is written to, which `watch` has found, so that it lies side by side. Python writes to code
-    whenever it runs, if only to note which way a branch went; spread over all code, that is a page for nearly every
-    function."""
+def gather(ran):
+    """Copies the code that `watch` has found, so that it lies side by side. Python writes to code whenever it runs, if
+    only to note which way a branch went; spread over all code, that is a page for nearly every function."""
     global _warm_up
-    if not written:
+    if not ran:
         return
     import gc
     from types import CodeType, FunctionType
@@ -108,15 +191,35 @@ def gather(written):
     def copy(code):
         made = copies.get(id(code))
         if made is None:
-            inner = [copy(c) if isinstance(c, CodeType) and id(c) in written else c for c in code.co_consts]
+            inner = [copy(c) if isinstance(c, CodeType) and id(c) in ran else c for c in code.co_consts]
             made = copies[id(code)] = code.replace(co_consts=tuple(inner))
         return made
 
     for function in gc.get_objects():
-        if type(function) is FunctionType and id(function.__code__) in written:
+        if type(function) is FunctionType and id(function.__code__) in ran:
             function.__code__ = copy(function.__code__)
-    if id(_warm_up) in written:
+    if id(_warm_up) in ran:
         _warm_up = copy(_warm_up)
+
+
+def refresh_arrays(heap):
+    """numpy keeps pieces of memory for small arrays, and gives them out again wherever they lie. From here on they lie
+    above the address `heap`."""
+    empty = getattr(sys.modules.get("numpy"), "empty", None)
+    if empty is None:
+        return
+    # NCACHE and NBUCKETS of numpy/_core/src/multiarray/alloc.c, for their elements and for their shapes.
+    kept = [empty((1,) * dimensions) for dimensions in range(1, 8) for _ in range(7)]
+    for size in range(1, 1024):
+        for _ in range(7):
+            array = empty(size, "u1")
+            if array.__array_interface__["data"][0] >= heap:
+                break
+            kept.append(array)
+    _kept.append(kept)
+
+
+_kept = []
 
 
 def warm_up():
@@ -133,6 +236,10 @@ def settle():
     for _ in range(_OFTEN):
         _rehearse()
     os.environ.clear()
+    for module, kinds in _hooks or ():
+        if module == "asyncio.events":
+            # An event loop that an import has made is none of a leaf's.
+            _call([kinds.get("after_in_child")])
     import gc
 
     gc.collect()
@@ -152,7 +259,7 @@ def _rehearse():
 
     before = list(sys.path)
     try:
-        enter(dict(os.environ), _REHEARSAL, os.getcwd(), "rehearsal.handler")
+        enter(dict(os.environ._data), _REHEARSAL, os.getcwd(), "rehearsal.handler")
         handler = load("rehearsal.handler", _REHEARSAL)
         call(handler, {"query": {}, "body": b"{}"}, Context("", "", "", "", 1))
         PathFinder.find_spec("sock_rehearsal")
@@ -172,6 +279,8 @@ def freeze():
     import gc
 
     gc.freeze()
+    # Lists of free objects are emptied, which lie wherever they were last used.
+    gc.collect()
 
 
 def _find_pools():
@@ -205,13 +314,16 @@ def flush():
 
 
 def enter(env, path, cwd, handler):
-    """Turns the process into one of the Function: environment, directory, import path."""
+    """Turns the process into one of the Function: environment (bytes, which the C library knows already), directory,
+    import path."""
     global _own
     if path:
         _own = path[0].rstrip("/") + "/"
-    os.environ.clear()
-    os.environ.update(env)
-    if "TZ" in os.environ:
+    # What is behind os.environ: each variable by itself would be told to the C library again.
+    known = os.environ._data
+    known.clear()
+    known.update(env)
+    if b"TZ" in env:
         time.tzset()
     os.chdir(cwd)
     sys.argv[:] = [handler]
@@ -222,8 +334,9 @@ def enter(env, path, cwd, handler):
 
 
 def reseed():
-    """Generators that a fork has copied. `random` looks after a fork by itself; so does OpenSSL, which
-    goes by the process number, and that of a leaf is 1 and never a zygote's."""
+    """Generators that a fork has copied. OpenSSL looks after a fork by itself: it goes by the process number, and that of
+    a leaf is 1 and never a zygote's."""
+    sys.modules["random"].seed()
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         # 256 bits of the kernel's; without an argument numpy spends half a millisecond on the same.
@@ -233,18 +346,32 @@ def reseed():
         torch.seed()
 
 
-def generator_state():
-    """Address of the state of numpy's global generator, 0 if it has none of the kind that is known: where a leaf
-    writes random bytes, which is quicker than to run code of numpy's that nobody else may need."""
-    if "numpy.random" not in sys.modules or "torch" in sys.modules:
-        return 0
+def generators():
+    """Where the generators of `random` and numpy have their state: address of its words, address of the position among
+    them, and both as Python sees them. A leaf writes random bytes there, which is quicker than to run code that nobody
+    else may need. `None` if there is one of another kind."""
+    if "torch" in sys.modules:
+        return None
+    # Also for the number that a Gaussian generator may have left over.
+    reseed()
     try:
-        generator = sys.modules["numpy.random"].mtrand._rand._bit_generator
-        if type(generator).__name__ != "MT19937" or generator.state["state"]["key"].nbytes != 2496:
-            return 0
-        return generator.ctypes.state_address
+        random = sys.modules["random"]
+        version, state, _ = random._inst.getstate()
+        if version != 3 or type(random._inst).__bases__[0].__basicsize__ < object.__basicsize__ + 4 * len(state):
+            return None
+        # The fields of RandomObject (Modules/_randommodule.c).
+        start = id(random._inst) + object.__basicsize__
+        found = [(start + 4, start, list(state[:-1]), state[-1])]
+        if "numpy.random" in sys.modules:
+            generator = sys.modules["numpy.random"].mtrand._rand._bit_generator
+            if type(generator).__name__ != "MT19937":
+                return None
+            state = generator.state["state"]
+            start = generator.ctypes.state_address
+            found.append((start, start + state["key"].nbytes, state["key"].tolist(), state["pos"]))
+        return found
     except (AttributeError, KeyError, ImportError):
-        return 0
+        return None
 
 
 def allow_threads(count):
@@ -268,7 +395,8 @@ def load(handler, path):
         raise HandlerError(f"handler {handler!r} is not of the form module.attribute")
     _prefer(name.partition(".")[0], path)
     try:
-        __import__(name)
+        if not _import_file(name, path):
+            __import__(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise HandlerError(f"handler {handler!r}: there is no module {error.name!r} in {', '.join(path)}") from None
@@ -285,6 +413,39 @@ def load(handler, path):
     if code is not None and code.co_flags & 0x380:  # CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_ASYNC_GENERATOR
         raise HandlerError(f"handler {handler!r} in {where} is async; it must be a plain function")
     return value
+
+
+def _import_file(name, path):
+    """Imports a module that is one file in the first directory, which is the usual handler, without the search that an
+    import is. `False` if it is anything else."""
+    if not path or "." in name or name in sys.modules:
+        return False
+    file = f"{path[0]}/{name}.py"
+    try:
+        found = os.listdir(path[0])
+        if f"{name}.py" not in found or any(
+            other == name or other.startswith(name + ".") and other != f"{name}.py" for other in found
+        ):
+            return False
+        with open(file, "rb", 0) as source:
+            text = source.read()
+    except OSError:
+        return False
+    loader = _SourceFileLoader(name, file)
+    spec = _ModuleSpec(name, loader, origin=file)
+    spec.has_location = True
+    module = _ModuleType(name)
+    vars(module).update(__file__=file, __loader__=loader, __package__="", __spec__=spec)
+    spec._initializing = True
+    sys.modules[name] = module
+    try:
+        exec(compile(text, file, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    finally:
+        spec._initializing = False
+    return True
 
 
 def _prefer(top, path):

@@ -101,7 +101,7 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         }
     };
     runtime
-        .become_zygote(py, &setup.path)
+        .become_zygote(py, &setup.path, !setup.accepted_threads.is_empty())
         .map_err(|e| refuse("", &e))?;
     arenas::gather();
     let start = Instant::now();
@@ -136,9 +136,11 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         .try_out(py, &setup.warm_up)
         .map_err(|e| refuse(warm_up, &e))?;
     check_threads(WARM_UP, &mut threads)?;
-    let written = runtime.watch(py).map_err(|e| refuse(warm_up, &e))?;
+    let ran = runtime.watch(py).map_err(|e| refuse(warm_up, &e))?;
     let fresh = nursery::begin(py);
-    runtime.gather(py, written).map_err(|e| refuse("", &e))?;
+    runtime
+        .gather(py, ran, fresh.heap)
+        .map_err(|e| refuse("", &e))?;
     runtime.warm_up(py).map_err(|e| refuse(WARM_UP, &e))?;
     check_threads(WARM_UP, &mut threads)?;
     runtime.settle(py).map_err(|e| refuse("", &e))?;
@@ -255,8 +257,14 @@ impl Zygote {
             .map(|fd| PollFd::new(fd, PollFlags::IN))
             .collect();
         let wait = wait.and_then(|w| Timespec::try_from(w).ok());
-        // Threads that were accepted may go on.
-        match py.detach(|| poll(&mut fds, wait.as_ref())) {
+        let mut poll = || poll(&mut fds, wait.as_ref());
+        let found = if self.forker.threads {
+            py.detach(poll)
+        } else {
+            // Nobody else wants the interpreter, and to give it away writes to pages that the last fork shares.
+            poll()
+        };
+        match found {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => {
                 return Err(PyRuntimeError::new_err(format!(
