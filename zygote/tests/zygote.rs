@@ -227,6 +227,144 @@ fn what_warms_up_runs_often_in_the_zygote_and_once_more_in_a_spare() {
     });
 }
 
+#[test]
+fn hooks_of_packages_run_once_in_a_leaf_and_again_when_it_forks_itself() {
+    const HOOKED: &str = "
+import os
+seen = []
+for name in ['a', 'b']:
+    os.register_at_fork(
+        before=lambda name=name: seen.append('before ' + name),
+        after_in_parent=lambda name=name: seen.append('parent ' + name),
+        after_in_child=lambda name=name: seen.append('child ' + name),
+    )
+try:
+    os.register_at_fork(before=1)
+except TypeError:
+    seen.append('refused')
+";
+    const REPORT: &str = "
+import hooked, logging, os, random, threading
+def handler(event, context):
+    first = list(hooked.seen)
+    hooked.seen.clear()
+    read, write = os.pipe()
+    state = random.getstate()
+    child = os.fork()
+    if child == 0:
+        os.write(write, ','.join([*hooked.seen, str(random.getstate() != state)]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return [first, os.read(read, 1000).decode(), hooked.seen, threading.main_thread().native_id]
+";
+    shim(async {
+        let mut setup = zygote_setup(&["logging", "threading", "hooked"]);
+        setup.path = vec!["/packages".into()];
+        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
+        let function = Function::new(&pool, REPORT, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let expected = serde_json::json!([
+            ["refused", "before b", "before a", "child a", "child b"],
+            "before b,before a,child a,child b,True",
+            ["before b", "before a", "parent a", "parent b"],
+            1
+        ]);
+        assert_eq!(answer(&leaf).await, expected);
+    });
+}
+
+#[test]
+fn a_hook_that_fails_is_told_and_ends_nothing() {
+    const HOOKED: &str = "
+import os
+def fails():
+    raise ValueError('not after a fork')
+os.register_at_fork(after_in_child=fails)
+";
+    shim(async {
+        let mut setup = zygote_setup(&["hooked"]);
+        setup.path = vec!["/packages".into()];
+        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await.as_array().map(Vec::len), Some(3));
+    });
+}
+
+/// Python's view and the C library's are one.
+#[test]
+fn variables_are_those_of_the_function_also_for_its_programs() {
+    const REPORT: &str = "
+import os, subprocess
+def programs():
+    return sorted(subprocess.run(['/usr/bin/env'], capture_output=True, text=True).stdout.splitlines())
+def handler(event, context):
+    before = programs()
+    own = sorted(f'{name}={value}' for name, value in os.environ.items())
+    os.environ['ADDED'] = 'new'
+    del os.environ['GONE']
+    os.putenv('BEHIND', 'python')
+    return [own == before, before, programs(), os.popen('echo $BEHIND').read()]
+";
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let mut function = Function::new(&pool, REPORT, &[]);
+        function.setup.env = vec![
+            ("GONE".into(), "soon".into()),
+            ("KEPT".into(), "grüß = x".into()),
+        ];
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let expected = serde_json::json!([
+            true,
+            ["GONE=soon", "KEPT=grüß = x"],
+            ["ADDED=new", "BEHIND=python", "KEPT=grüß = x"],
+            "python\n"
+        ]);
+        assert_eq!(answer(&leaf).await, expected);
+    });
+}
+
+/// A leaf imports the usual handler by itself; whatever it is, Python's own order holds.
+#[test]
+fn a_handlers_module_is_the_one_that_python_would_import() {
+    const MAIN: &str = "
+import inspect, sys
+import helper
+def handler(event, context):
+    return [__name__, __file__, __package__, __spec__.name, __spec__.origin, __spec__.has_location,
+            sys.modules[__name__].handler is handler, inspect.getsource(handler).startswith('def handler'), helper.main is sys.modules[__name__]]
+";
+    const HELPER: &str = "import app as main\n";
+    const PACKAGE: &str = "def handler(event, context):\n    return __file__\n";
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let main = ("/srv/function/app.py", MAIN);
+        let files = [main, ("/srv/function/helper.py", HELPER)];
+        let function = Function::in_container(&pool, Container::new(&files, &[]));
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let expected = serde_json::json!([
+            "app",
+            "/srv/function/app.py",
+            "",
+            "app",
+            "/srv/function/app.py",
+            true,
+            true,
+            true,
+            true
+        ]);
+        assert_eq!(answer(&leaf).await, expected);
+        let files = [main, ("/srv/function/app/__init__.py", PACKAGE)];
+        let function = Function::in_container(&pool, Container::new(&files, &[]));
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, "/srv/function/app/__init__.py");
+    });
+}
+
 /// To look for the thread pools of numeric libraries takes milliseconds, so the zygote does it, once all are loaded.
 #[test]
 fn thread_pools_of_what_only_the_warm_up_loads_are_looked_for_in_the_zygote() {
