@@ -337,7 +337,7 @@ def handler(event, context):
             sys.modules[__name__].handler is handler, inspect.getsource(handler).startswith('def handler'), helper.main is sys.modules[__name__]]
 ";
     const HELPER: &str = "import app as main\n";
-    const PACKAGE: &str = "def handler(event, context):\n    return __file__\n";
+    const PACKAGE: &str = "def handler(event, context):\n    return [__file__]\n";
     shim(async {
         let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
             .await
@@ -361,7 +361,10 @@ def handler(event, context):
         let files = [main, ("/srv/function/app/__init__.py", PACKAGE)];
         let function = Function::in_container(&pool, Container::new(&files, &[]));
         let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
-        assert_eq!(answer(&leaf).await, "/srv/function/app/__init__.py");
+        assert_eq!(
+            answer(&leaf).await,
+            serde_json::json!(["/srv/function/app/__init__.py"])
+        );
     });
 }
 
