@@ -105,6 +105,7 @@ async fn run(options: &Options) {
     let mut function = Function::new(&pool, &source, &packages);
     function.setup.path[1] = "/opt/sock-packages".into();
     function.setup.single_request = true;
+    function.extras.keep_compiled = true;
     function.setup.seccomp = options
         .profile
         .as_ref()
@@ -126,6 +127,10 @@ async fn run(options: &Options) {
             )
             .await
             .unwrap();
+        if let Some(compiled) = running.compiled {
+            function.extras.compiled = compiled;
+        }
+        function.extras.keep_compiled = false;
         drop(served);
         let answer = reply(&mut client);
         let answered = Instant::now();

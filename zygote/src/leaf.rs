@@ -4,9 +4,11 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{fcntl_get_seals, fstat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
@@ -234,13 +236,21 @@ impl Loading {
         self.0.channel.send(&ToLeaf::Serve { conn }, &[connection])
     }
 
-    /// Waits until the handler is imported; yields the microseconds this took.
+    /// Waits until the handler is imported; yields the microseconds this took, and the handler's module as it was compiled,
+    /// if that was asked for and is there.
     ///
     /// # Errors
     /// [`Error::LeafFailed`] with the line that the Function's author needs; [`Error::Wire`].
-    pub async fn ready(self) -> Result<(Leaf, u64)> {
-        match self.0.channel.receive::<FromLeaf>(0).await?.message {
-            FromLeaf::Ready { import_micros } => Ok((Leaf(self.0), import_micros)),
+    pub async fn ready(self, keep_compiled: bool) -> Result<(Leaf, u64, Option<Vec<u8>>)> {
+        let most = usize::from(keep_compiled);
+        let Received {
+            message, mut fds, ..
+        } = self.0.channel.receive::<FromLeaf>(most).await?;
+        let compiled = fds
+            .pop()
+            .and_then(|file| bounded(|| read_memory_file(file)));
+        match message {
+            FromLeaf::Ready { import_micros } => Ok((Leaf(self.0), import_micros, compiled)),
             FromLeaf::Failed { message, traceback } => {
                 Err(Error::LeafFailed { message, traceback })
             }
@@ -257,6 +267,20 @@ impl Loading {
     pub fn pidfd(&self) -> BorrowedFd<'_> {
         self.0.pidfd.as_fd()
     }
+}
+
+/// More compiled code than this is not kept, in bytes: eight times what the API server takes of source.
+const MOST_COMPILED: u64 = 1 << 20;
+
+/// What is in a memory file (memfd_create(2)). `None` for any other file, of which a tenant decides how long a read takes.
+fn read_memory_file(file: OwnedFd) -> Option<Vec<u8>> {
+    fcntl_get_seals(&file).ok()?;
+    let size = u64::try_from(fstat(&file).ok()?.st_size)
+        .ok()
+        .filter(|size| *size <= MOST_COMPILED)?;
+    let mut bytes = vec![0; usize::try_from(size).ok()?];
+    File::from(file).read_exact_at(&mut bytes, 0).ok()?;
+    Some(bytes)
 }
 
 /// What a leaf reports of a connection.

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
-use rustix::process::{Pid, WaitOptions, fchdir, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, fchdir, getpid, kill_process, waitpid};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::error::{Error, Result, errno};
@@ -40,15 +40,8 @@ impl FunctionRoot {
         })?;
         let (told, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
             .map_err(Error::system("connect to the helper (pipe2)"))?;
-        let (wait, release) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-            .map_err(Error::system("connect to the helper (pipe2)"))?;
-        let fds = [
-            mounts.as_raw_fd(),
-            user.as_raw_fd(),
-            tell.as_raw_fd(),
-            wait.as_raw_fd(),
-            release.as_raw_fd(),
-        ];
+        let fds = [mounts.as_raw_fd(), user.as_raw_fd(), tell.as_raw_fd()];
+        let parent = getpid();
 
         // SAFETY: the child runs nothing but `helper`, which makes system calls on its own stack and
         // leaves by _exit: sound whatever other threads did at the time of the fork.
@@ -59,7 +52,7 @@ impl FunctionRoot {
                     errno: last(),
                 });
             }
-            0 => helper(fds),
+            0 => helper(fds, parent),
             pid => Pid::from_raw(pid).ok_or(Error::System {
                 step: "start the helper (fork)",
                 errno: Errno::CHILD,
@@ -67,8 +60,9 @@ impl FunctionRoot {
         };
         drop(tell);
         let outcome = namespaces(pid, &told);
-        drop(release);
-        // The helper leaves as soon as its pipe ends; it is ours alone to reap.
+        // By a signal and not by the end of a pipe, which a helper that another thread has started meanwhile may hold too.
+        // Fails if it has ended, and then its number is still ours: it is ours alone to reap.
+        let _ = kill_process(pid, Signal::KILL);
         while matches!(waitpid(Some(pid), WaitOptions::empty()), Err(Errno::INTR)) {}
         let (tree, network) = outcome?;
         Ok(FunctionRoot {
@@ -160,11 +154,10 @@ fn namespaces(pid: Pid, told: &OwnedFd) -> Result<(OwnedFd, OwnedFd)> {
     Ok((open("mnt")?, open("net")?))
 }
 
-fn helper([mounts, user, tell, wait, release]: [RawFd; 5]) -> ! {
+fn helper([mounts, user, tell]: [RawFd; 3], parent: Pid) -> ! {
     // SAFETY: plain system calls on descriptors inherited from the parent and on local memory; nothing
     // here allocates or locks, as a child of a process that may have threads must not.
     unsafe {
-        libc::close(release);
         let step = if libc::setns(mounts, libc::CLONE_NEWNS) != 0 {
             1
         } else if libc::setns(user, libc::CLONE_NEWUSER) != 0 {
@@ -178,10 +171,16 @@ fn helper([mounts, user, tell, wait, release]: [RawFd; 5]) -> ! {
         if step != 0 {
             word[1..].copy_from_slice(&last().raw_os_error().to_ne_bytes());
         }
+        // Only now: another user namespace takes it back (commit_creds, kernel/cred.c).
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        if libc::getppid() != parent.as_raw_nonzero().get() {
+            libc::_exit(0);
+        }
         libc::write(tell, word.as_ptr().cast(), word.len());
-        // Its namespaces live until the parent has opened them and closes the other end.
-        libc::read(wait, word.as_mut_ptr().cast(), 1);
-        libc::_exit(0)
+        // Its namespaces live until the parent has opened them and kills it.
+        loop {
+            libc::pause();
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{Errno, write};
-use sock_zygote_protocol::LeafSetup;
+use sock_zygote_protocol::{LeafExtras, LeafSetup};
 
 use crate::error::{Error, Result};
 
@@ -18,8 +18,8 @@ impl SealedSetup {
     ///
     /// # Errors
     /// [`Error::System`] when memory or descriptors run out.
-    pub fn new(setup: &LeafSetup) -> Result<SealedSetup> {
-        let bytes = postcard::to_stdvec(setup).map_err(|e| Error::Wire {
+    pub fn new(setup: &LeafSetup, extras: &LeafExtras) -> Result<SealedSetup> {
+        let bytes = setup.to_bytes(extras).map_err(|e| Error::Wire {
             peer: "leaf",
             source: sock_zygote_protocol::Error::Malformed(e),
         })?;

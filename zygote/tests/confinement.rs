@@ -8,9 +8,10 @@ use std::fs;
 use std::io::Write;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use serde_json::Value;
-use sock_zygote::Event;
+use sock_zygote::{Event, FunctionRoot};
 use support::{
     Container, Function, Pool, Running, USER, children, connection, reply, shim, until,
     zygote_setup,
@@ -420,5 +421,31 @@ fn a_connection_queued_behind_the_setup_is_answered() {
         .await;
         assert_eq!(reply(&mut client).status, 200);
         let _: &TcpStream = &client;
+    });
+}
+
+/// Each helper is a copy of the process and holds whatever another thread has open.
+#[test]
+fn roots_are_prepared_by_many_threads_at_once() {
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let container = Container::new(&[], &[]);
+        let (prepared, all) = std::sync::mpsc::channel();
+        for _ in 0..4 {
+            let mounts = container.mounts.try_clone().unwrap();
+            let user = pool.process.user_namespace.try_clone().unwrap();
+            let prepared = prepared.clone();
+            std::thread::spawn(move || {
+                for _ in 0..50 {
+                    FunctionRoot::prepare(mounts.as_fd(), user.as_fd()).unwrap();
+                    prepared.send(()).unwrap();
+                }
+            });
+        }
+        for _ in 0..4 * 50 {
+            all.recv_timeout(Duration::from_secs(30)).unwrap();
+        }
     });
 }

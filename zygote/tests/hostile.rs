@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, UCred, send, sendmsg};
 use rustix::process::{Gid, Pid, Uid};
-use sock_zygote::protocol::{self, FromLeaf, FromZygote, ModuleImport, ToZygote};
+use sock_zygote::protocol::{self, FromLeaf, FromZygote, LeafExtras, ModuleImport, ToZygote};
 use sock_zygote::{Channel, Error, ForkOrigin, Zygote, ZygoteChannel};
 use support::{Cgroup, connection, shim, zygote_setup};
 
@@ -32,7 +32,8 @@ fn slow_to_close() -> (TcpStream, OwnedFd) {
 
 /// A leaf that was told of its Function.
 fn told(arrived: sock_zygote::Arrived) -> sock_zygote::Confining {
-    let setup = sock_zygote::SealedSetup::new(&support::leaf_setup()).unwrap();
+    let setup =
+        sock_zygote::SealedSetup::new(&support::leaf_setup(), &LeafExtras::default()).unwrap();
     arrived
         .setup(&setup, &sock_zygote::SetupFds::default())
         .unwrap()

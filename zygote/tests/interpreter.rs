@@ -10,7 +10,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
 use rustix::net::sockopt::set_socket_passcred;
-use sock_zygote::{Arrived, Event, SealedSetup, SetupFds, protocol};
+use sock_zygote::protocol::{self, LeafExtras};
+use sock_zygote::{Arrived, Event, SealedSetup, SetupFds};
 use support::{Container, connection, leaf_setup, reply, shim, until};
 
 const APP: &str = "import os\ndef handler(event, context):\n    return {'env': os.environ['GREETING'], 'uid': os.getuid(), 'up': os.path.exists('/srv/function/app.py')}\n";
@@ -46,7 +47,7 @@ fn a_plain_interpreter_serves_like_a_forked_leaf() {
         let (mut child, control) = start(&container);
         let mut setup = leaf_setup();
         (setup.uid, setup.gid, setup.intercept_sockets) = (0, 0, false);
-        let sealed = SealedSetup::new(&setup).unwrap();
+        let sealed = SealedSetup::new(&setup, &LeafExtras::default()).unwrap();
         let confining = Arrived::interpreter(control)
             .await
             .unwrap()
@@ -59,7 +60,7 @@ fn a_plain_interpreter_serves_like_a_forked_leaf() {
         confining.queue(1, served.as_fd()).unwrap();
         let (loading, _, listener) = confining.confined(None, None).await.unwrap();
         assert!(listener.is_none());
-        let (leaf, _) = loading.ready().await.unwrap();
+        let (leaf, _, _) = loading.ready(false).await.unwrap();
         until(&leaf, |e| *e == Event::Parked { conn: 1 }).await;
         assert_eq!(
             reply(&mut client).text(),
@@ -77,7 +78,7 @@ fn an_interpreter_of_the_wrong_user_is_refused() {
         let (mut child, control) = start(&container);
         let mut setup = leaf_setup();
         setup.intercept_sockets = false;
-        let sealed = SealedSetup::new(&setup).unwrap();
+        let sealed = SealedSetup::new(&setup, &LeafExtras::default()).unwrap();
         let confining = Arrived::interpreter(control)
             .await
             .unwrap()

@@ -368,6 +368,35 @@ def handler(event, context):
     });
 }
 
+#[test]
+fn what_the_first_leaf_has_compiled_serves_the_others_until_the_file_changes() {
+    let source = |word: &str| format!("def handler(event, context):\n    return ['{word}']\n");
+    shim(async {
+        let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
+            .await
+            .unwrap();
+        let mut function = Function::new(&pool, &source("first"), &[]);
+        let file = function.container.path("/srv/function/app.py");
+        function.extras.keep_compiled = true;
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        function.extras.compiled = leaf.compiled.clone().unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!(["first"]));
+        // The same file by all that is asked of it: only who does not read it says the same.
+        let changed = std::fs::metadata(&file).unwrap().modified().unwrap();
+        std::fs::write(&file, source("other")).unwrap();
+        let again = std::fs::File::options().write(true).open(&file).unwrap();
+        again.set_modified(changed).unwrap();
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!(["first"]));
+        assert_eq!(leaf.compiled, None, "nothing was compiled");
+        again
+            .set_modified(changed + Duration::from_nanos(1))
+            .unwrap();
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!(["other"]));
+    });
+}
+
 /// To look for the thread pools of numeric libraries takes milliseconds, so the zygote does it, once all are loaded.
 #[test]
 fn thread_pools_of_what_only_the_warm_up_loads_are_looked_for_in_the_zygote() {

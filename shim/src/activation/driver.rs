@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
-use sock_zygote::SealedSetup;
+use sock_zygote::protocol::LeafExtras;
 use tokio::sync::{Notify, oneshot};
 
 use super::answers::request_id;
@@ -18,7 +18,7 @@ use super::end::End;
 use super::leaf::{self, Origin, Slot, StartTimes};
 use super::listener::{Accepted, Listener};
 use super::output::Output;
-use super::zygotes::{Interpreter, Zygote, Zygotes};
+use super::zygotes::{Interpreter, Told, Zygote, Zygotes};
 
 /// When descriptors run out, accepting goes on after this.
 const EXHAUSTED: Duration = Duration::from_millis(50);
@@ -62,7 +62,7 @@ pub(super) struct Driver {
     /// The connection of a leaf whose end is being dealt with, and how that ended.
     ending: Cell<Option<(Conn, End)>>,
     pub(super) interpreter: Rc<dyn Interpreter>,
-    pub(super) cold_setup: SealedSetup,
+    pub(super) cold: Told,
     pub(super) oom_score_adj: Option<i32>,
     zygotes: Option<Rc<dyn Zygotes>>,
 }
@@ -74,7 +74,7 @@ impl Driver {
         interpreter: Rc<dyn Interpreter>,
         cgroups: Rc<dyn LeafCgroups>,
         output: Rc<Output>,
-        cold_setup: SealedSetup,
+        cold: Told,
         oom_score_adj: Option<i32>,
     ) -> Driver {
         Driver {
@@ -95,7 +95,7 @@ impl Driver {
             output,
             ending: Cell::new(None),
             interpreter,
-            cold_setup,
+            cold,
             oom_score_adj,
             zygotes,
         }
@@ -362,13 +362,35 @@ impl Driver {
     pub(super) async fn first_leaf(self: &Rc<Self>) -> Result<(), String> {
         let (sender, receiver) = oneshot::channel();
         self.first.replace(Some(sender));
+        self.tell_leaves(&LeafExtras {
+            keep_compiled: true,
+            compiled: Vec::new(),
+        });
         self.input(Input::Wanted);
         receiver
             .await
             .unwrap_or_else(|_| Err("the pod is stopping".to_owned()))
     }
 
-    pub(super) fn started(&self, leaf: Leaf, times: StartTimes) {
+    /// Whether the leaf that is being started is the first, which alone no request comes before.
+    pub(super) fn keeps_compiled(&self) -> bool {
+        self.first.borrow().is_some()
+    }
+
+    /// What leaves are told from here on besides their setup.
+    fn tell_leaves(&self, extras: &LeafExtras) {
+        let told = self.cold.besides(extras).and_then(|()| {
+            self.zygotes
+                .as_ref()
+                .map_or(Ok(()), |zygotes| zygotes.tell_leaves(extras))
+        });
+        if let Err(error) = told {
+            tracing::warn!(%error, "every leaf compiles its handler by itself");
+        }
+    }
+
+    /// `compiled`: the handler's module, from the first leaf.
+    pub(super) fn started(&self, leaf: Leaf, times: StartTimes, compiled: Option<Vec<u8>>) {
         tracing::debug!(
             leaf = leaf.0, origin = ?times.origin, fork = times.fork, told = times.told, confined = times.confined,
             import = times.import, total = times.total, phases = ?times.phases, "leaf ready (microseconds)"
@@ -385,6 +407,10 @@ impl Driver {
         counts.last_start = Some(times);
         drop(counts);
         if let Some(first) = self.first.take() {
+            self.tell_leaves(&LeafExtras {
+                keep_compiled: false,
+                compiled: compiled.unwrap_or_default(),
+            });
             let _ = first.send(Ok(()));
         }
     }

@@ -207,7 +207,8 @@ async fn live(
     driver.output.prepare();
     let process = exit_of(&loading)?;
     slot.process.replace(Some(Rc::clone(process.get_ref())));
-    let (leaf, import) = unless_ended(&process, loading.ready())
+    let keep = driver.keeps_compiled();
+    let (leaf, import, compiled) = unless_ended(&process, loading.ready(keep))
         .await
         .unwrap_or_else(|| {
             Err(sock_zygote::Error::Wire {
@@ -224,7 +225,7 @@ async fn live(
     slot.leaf.replace(Some(Rc::clone(&leaf)));
     times.import = import;
     times.total = micros(begin);
-    driver.started(name, times);
+    driver.started(name, times, compiled);
     driver.input(Input::Ready(name));
     loop {
         // A leaf that never stops talking must not stop the shim's other tasks.
@@ -341,7 +342,7 @@ async fn interpreter(
         .map_err(LeafError::Interpreter)?;
     let leaf = Arrived::interpreter(ours)
         .await?
-        .setup(&driver.cold_setup, &SetupFds::default())?;
+        .setup(&driver.cold.sealed(), &SetupFds::default())?;
     let sent = told(driver, name, slot, &leaf)?;
     let told = micros(begin);
     let (loading, phases, _) = leaf.confined(None, None).await?;

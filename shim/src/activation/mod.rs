@@ -25,7 +25,6 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use sock_zygote::SealedSetup;
 use sock_zygote::protocol::LeafSetup;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -39,6 +38,7 @@ pub use zygotes::{Forked, Interpreter, Local, Pools, Zygote, Zygotes};
 
 use driver::Driver;
 use listener::Listener;
+use zygotes::Told;
 
 /// kubelet gives up on a start after two minutes. What is left of this after waiting for a zygote is
 /// the handler's, so that the error of the start says what was amiss.
@@ -182,7 +182,7 @@ impl Activation {
             pool_within,
         } = surroundings;
         config.complete(&mut setup);
-        let cold_setup = SealedSetup::new(&unconfined(setup))?;
+        let cold = Told::new(unconfined(setup))?;
         let rules = config.rules();
         let package_set = config
             .zygote
@@ -196,7 +196,7 @@ impl Activation {
             interpreter,
             cgroups,
             output,
-            cold_setup,
+            cold,
             oom_score_adj,
         ));
         let timer = tokio::task::spawn_local(Rc::clone(&driver).keep_time());

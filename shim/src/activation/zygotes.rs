@@ -1,6 +1,6 @@
 //! Where leaves come from: a zygote if one is there, the container's own interpreter if not.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use sock_sandbox::cgroup::{Cgroup, follow};
-use sock_zygote::protocol::LeafSetup;
+use sock_zygote::protocol::{LeafExtras, LeafSetup};
 use sock_zygote::{
     Arrived, Attachment, Confining, ForkOrigin, FunctionRoot, SealedSetup, SetupFds, inject_sockets,
 };
@@ -37,6 +37,11 @@ pub enum ForkError {
 pub trait Zygotes {
     /// One that lives, or `None`. Quick while the one found last still lives.
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>>;
+    /// What leaves are told from here on besides.
+    ///
+    /// # Errors
+    /// When it cannot be written to a memory file: what they were told before holds.
+    fn tell_leaves(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error>;
 }
 
 /// A zygote that this pod's leaves can be forked from.
@@ -74,11 +79,35 @@ pub trait Interpreter {
     ) -> Local<'a, anyhow::Result<()>>;
 }
 
+/// What leaves of a pod are told: the same for all, but for what is added on the way.
+#[derive(Debug)]
+pub(super) struct Told {
+    setup: LeafSetup,
+    sealed: RefCell<SealedSetup>,
+}
+
+impl Told {
+    pub(super) fn new(setup: LeafSetup) -> Result<Told, sock_zygote::Error> {
+        let sealed = RefCell::new(SealedSetup::new(&setup, &LeafExtras::default())?);
+        Ok(Told { setup, sealed })
+    }
+
+    /// From here on.
+    pub(super) fn besides(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+        self.sealed.replace(SealedSetup::new(&self.setup, extras)?);
+        Ok(())
+    }
+
+    pub(super) fn sealed(&self) -> Ref<'_, SealedSetup> {
+        self.sealed.borrow()
+    }
+}
+
 /// What every leaf forked into this pod gets, whichever zygote it comes from.
 #[derive(Debug)]
 struct Pod {
     mounts: OwnedFd,
-    setup: SealedSetup,
+    told: Told,
     user: (u32, u32),
 }
 
@@ -146,7 +175,7 @@ impl Pools {
         let user = (setup.uid, setup.gid);
         let pod = Rc::new(Pod {
             mounts,
-            setup: SealedSetup::new(setup)?,
+            told: Told::new(setup.clone())?,
             user,
         });
         Ok(Pools {
@@ -217,6 +246,10 @@ impl Zygotes for Pools {
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>> {
         Box::pin(async { self.find().await.map(|zygote| zygote as Rc<dyn Zygote>) })
     }
+
+    fn tell_leaves(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+        self.pod.told.besides(extras)
+    }
 }
 
 impl Attached {
@@ -285,7 +318,7 @@ impl Zygote for Attached {
                 stdout: Some(streams.stdout.as_fd()),
                 stderr: Some(streams.stderr.as_fd()),
             };
-            let leaf = arrived.setup(&self.pod.setup, &fds)?;
+            let leaf = arrived.setup(&self.pod.told.sealed(), &fds)?;
             // While the leaf confines itself there is time; the next one may come from a spare and wait for nothing else.
             self.tree.replace(self.root.clone_tree().ok());
             Ok(Forked { leaf, origin })

@@ -18,7 +18,7 @@ use sock_shim::activation::{
     Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, Output,
     Shortage, StartError, Streams, Surroundings, Zygote, ZygoteName, Zygotes,
 };
-use sock_zygote::protocol::{self, LeafSetup};
+use sock_zygote::protocol::{self, LeafExtras, LeafSetup};
 use sock_zygote::{Arrived, SealedSetup, SetupFds};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -380,8 +380,9 @@ impl Stable {
     fn appear(&self, config: &FunctionConfig, setup: &LeafSetup) {
         let mut setup = setup.clone();
         config.complete(&mut setup);
-        self.setup
-            .replace(Some(SealedSetup::new(&setup).expect("a setup")));
+        self.setup.replace(Some(
+            SealedSetup::new(&setup, &LeafExtras::default()).expect("a setup"),
+        ));
         let (processes, setup) = (Rc::clone(&self.processes), Rc::clone(&self.setup));
         self.zygote
             .replace(Some(Rc::new(Stand { processes, setup })));
@@ -396,6 +397,10 @@ impl Zygotes for Stable {
             .clone()
             .map(|zygote| zygote as Rc<dyn Zygote>);
         Box::pin(std::future::ready(zygote))
+    }
+
+    fn tell_leaves(&self, _extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+        Ok(())
     }
 }
 

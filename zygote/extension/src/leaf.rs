@@ -1,13 +1,17 @@
 //! A leaf's life: from the fork, or the start of a plain interpreter, to serving.
 
+use std::fs::File;
+use std::io::Write as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use pyo3::prelude::*;
-use rustix::fs::fstat;
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::{Errno, pread};
 use rustix::process::{getgid, getuid};
-use sock_zygote_protocol::{self as protocol, FdRole, FromLeaf, LeafSetup, Received, ToLeaf};
+use sock_zygote_protocol::{
+    self as protocol, FdRole, FromLeaf, LeafExtras, LeafSetup, Received, ToLeaf,
+};
 
 use crate::confine::{Fds, Phases, confine, prepare};
 use crate::http;
@@ -165,7 +169,7 @@ fn become_leaf(
         }
     };
     phases.time("wait", || start);
-    let (setup, fds) = phases.time("setup", || sort(&roles, fds))?;
+    let (setup, extras, fds) = phases.time("setup", || sort(&roles, fds))?;
     let (uid, gid) = (getuid().as_raw(), getgid().as_raw());
     if (uid, gid) != (setup.uid, setup.gid) {
         let due = (setup.uid, setup.gid);
@@ -202,8 +206,8 @@ fn become_leaf(
         runtime.reseed_untouched(py).map_err(explain)?;
     }
     let begin = Instant::now();
-    let handler = runtime
-        .load_handler(py, &setup.handler, &setup.path)
+    let (handler, new) = runtime
+        .load_handler(py, &setup.handler, &setup.path, &extras)
         .map_err(|e| {
             if let Some(status) = Runtime::exit_status(py, &e) {
                 return End::failed(format!(
@@ -213,11 +217,15 @@ fn become_leaf(
             }
             explain(e)
         })?;
+    // Without it others compile for themselves.
+    let compiled = (!new.is_empty()).then(|| memory_file(&new).ok()).flatten();
     let import_micros = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
     if setup.threads > 0 {
         runtime.allow_threads(py, setup.threads).map_err(explain)?;
     }
-    protocol::send(control, &FromLeaf::Ready { import_micros }, &[])?;
+    let list: Vec<BorrowedFd<'_>> = compiled.iter().map(AsFd::as_fd).collect();
+    protocol::send(control, &FromLeaf::Ready { import_micros }, &list)?;
+    drop(compiled);
     Ok(http::Server::new(handler, setup))
 }
 
@@ -228,7 +236,7 @@ fn alone() -> bool {
 }
 
 /// Gives every descriptor its place, and reads the setup.
-fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, Fds), End> {
+fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, LeafExtras, Fds), End> {
     if roles.len() != list.len() {
         return Err(End::failed(format!(
             "{} descriptors came where {} were named",
@@ -256,9 +264,16 @@ fn sort(roles: &[FdRole], list: Vec<OwnedFd>) -> Result<(LeafSetup, Fds), End> {
     }
     let file = setup.ok_or_else(|| End::failed("the setup has no memory file"))?;
     let bytes = read(&file).map_err(|e| End::failed(format!("read the setup: {e}")))?;
-    let setup =
-        postcard::from_bytes(&bytes).map_err(|e| End::failed(format!("read the setup: {e}")))?;
-    Ok((setup, fds))
+    let (setup, extras) =
+        LeafSetup::from_bytes(&bytes).map_err(|e| End::failed(format!("read the setup: {e}")))?;
+    Ok((setup, extras, fds))
+}
+
+fn memory_file(bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = File::from(memfd_create(c"sock-compiled", flags)?);
+    file.write_all(bytes)?;
+    Ok(file.into())
 }
 
 /// All leaves of a pod have the same open file, so its position is not used.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use pyo3::exceptions::PySystemExit;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList};
+use sock_zygote_protocol::LeafExtras;
 
 /// `runtime.py`, compiled.
 pub struct Runtime {
@@ -116,7 +117,12 @@ impl Runtime {
 
     /// In a spare. That it cannot is no reason to do without the spare.
     pub fn rehearse(&self, py: Python<'_>) {
-        let _ = self.function(py, "rehearse").and_then(|f| f.call0());
+        if let Err(error) = self.function(py, "rehearse").and_then(|f| f.call0()) {
+            eprintln!(
+                "sock: a spare could not be prepared: {}",
+                self.explain(py, &error).line
+            );
+        }
     }
 
     pub fn freeze(&self, py: Python<'_>) -> PyResult<()> {
@@ -184,16 +190,25 @@ impl Runtime {
             .map(drop)
     }
 
+    /// Yields the handler, and its module as it was compiled, if that is to be kept.
     pub fn load_handler(
         &self,
         py: Python<'_>,
         handler: &str,
         path: &[String],
-    ) -> PyResult<Py<PyAny>> {
-        Ok(self
+        extras: &LeafExtras,
+    ) -> PyResult<(Py<PyAny>, Vec<u8>)> {
+        let compiled = PyBytes::new(py, &extras.compiled);
+        let (handler, new): (Bound<'_, PyAny>, Bound<'_, PyBytes>) = self
             .function(py, "load")?
-            .call1((handler, PyList::new(py, path)?))?
-            .unbind())
+            .call1((
+                handler,
+                PyList::new(py, path)?,
+                compiled,
+                extras.keep_compiled,
+            ))?
+            .extract()?;
+        Ok((handler.unbind(), new.as_bytes().to_vec()))
     }
 
     /// Never fails: what cannot be explained is shown as the exception shows itself.

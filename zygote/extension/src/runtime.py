@@ -4,6 +4,7 @@ The extension compiles this text when it starts, before anything is forked, and 
 below. Nothing here is imported by name, and nothing here reads a file.
 """
 
+import marshal
 import os
 import sys
 import time
@@ -260,7 +261,9 @@ def _rehearse():
     before = list(sys.path)
     try:
         enter(dict(os.environ._data), _REHEARSAL, os.getcwd(), "rehearsal.handler")
-        handler = load("rehearsal.handler", _REHEARSAL)
+        handler, compiled = load("rehearsal.handler", _REHEARSAL, b"", True)
+        del sys.modules["rehearsal"]
+        load("rehearsal.handler", _REHEARSAL, compiled, False)
         call(handler, {"query": {}, "body": b"{}"}, Context("", "", "", "", 1))
         PathFinder.find_spec("sock_rehearsal")
     finally:
@@ -388,14 +391,15 @@ class HandlerError(Exception):
     """The Function names no handler that could be called. Its text says all; a traceback adds nothing."""
 
 
-def load(handler, path):
-    """Imports `module.attribute`."""
+def load(handler, path, compiled, keep):
+    """Imports `module.attribute`; yields it, and the module as it was compiled, to `keep` for others."""
     name, _, attribute = handler.rpartition(".")
     if not name or not attribute:
         raise HandlerError(f"handler {handler!r} is not of the form module.attribute")
     _prefer(name.partition(".")[0], path)
     try:
-        if not _import_file(name, path):
+        new = _import_file(name, path, compiled, keep)
+        if new is None:
             __import__(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
@@ -412,25 +416,33 @@ def load(handler, path):
     code = getattr(value, "__code__", None)
     if code is not None and code.co_flags & 0x380:  # CO_COROUTINE | CO_ITERABLE_COROUTINE | CO_ASYNC_GENERATOR
         raise HandlerError(f"handler {handler!r} in {where} is async; it must be a plain function")
-    return value
+    return value, new or b""
 
 
-def _import_file(name, path):
+def _import_file(name, path, compiled, keep):
     """Imports a module that is one file in the first directory, which is the usual handler, without the search that an
-    import is. `False` if it is anything else."""
+    import is. `None` if it is anything else, and otherwise the module as it was compiled, or nothing if that
+    is not to be kept or was there: in `compiled`."""
     if not path or "." in name or name in sys.modules:
-        return False
+        return None
     file = f"{path[0]}/{name}.py"
     try:
         found = os.listdir(path[0])
         if f"{name}.py" not in found or any(
             other == name or other.startswith(name + ".") and other != f"{name}.py" for other in found
         ):
-            return False
-        with open(file, "rb", 0) as source:
-            text = source.read()
+            return None
+        status = os.stat(file)
+        # As for the interpreter's own cache.
+        head = f"{sys.hexversion} {status.st_ino} {status.st_size} {status.st_mtime_ns} {file}\n".encode()
+        code, new = None, b""
+        if compiled.startswith(head):
+            code = marshal.loads(memoryview(compiled)[len(head) :])
+        else:
+            with open(file, "rb", 0) as source:
+                text = source.read()
     except OSError:
-        return False
+        return None
     loader = _SourceFileLoader(name, file)
     spec = _ModuleSpec(name, loader, origin=file)
     spec.has_location = True
@@ -439,13 +451,17 @@ def _import_file(name, path):
     spec._initializing = True
     sys.modules[name] = module
     try:
-        exec(compile(text, file, "exec", dont_inherit=True), vars(module))
+        if code is None:
+            code = compile(text, file, "exec", dont_inherit=True)
+            if keep:
+                new = head + marshal.dumps(code)
+        exec(code, vars(module))
     except BaseException:
         sys.modules.pop(name, None)
         raise
     finally:
         spec._initializing = False
-    return True
+    return new
 
 
 def _prefer(top, path):

@@ -93,7 +93,7 @@ pub struct Attached {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToLeaf {
     /// Answers `Hello`. The descriptors are named by `fds`, in order; the first is always the sealed
-    /// memory file with the postcard form of [`LeafSetup`].
+    /// memory file with the postcard form of [`LeafSetup`] and [`LeafExtras`].
     Setup {
         /// What each descriptor of this message is.
         fds: Vec<FdRole>,
@@ -177,6 +177,43 @@ pub struct LeafSetup {
     pub timeout_seconds: u32,
 }
 
+/// What stands behind a [`LeafSetup`] in its file. Shims and zygotes of different releases meet while a node is
+/// upgraded: whoever does not know this part does not look at it, and where it is missing the defaults hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeafExtras {
+    /// Send the handler's module, as the interpreter has compiled it, with `Ready`.
+    pub keep_compiled: bool,
+    /// What another leaf of the pod has sent; empty if there is nothing. To be used if it is of the same file and for the
+    /// same Python.
+    pub compiled: Vec<u8>,
+}
+
+impl LeafSetup {
+    /// Both, as they stand in the file.
+    ///
+    /// # Errors
+    /// None that is known: the form takes everything that fits into memory.
+    pub fn to_bytes(&self, extras: &LeafExtras) -> Result<Vec<u8>, postcard::Error> {
+        let mut bytes = postcard::to_stdvec(self)?;
+        bytes.extend(postcard::to_stdvec(extras)?);
+        Ok(bytes)
+    }
+
+    /// Reads what [`LeafSetup::to_bytes`] has written, of this or another release.
+    ///
+    /// # Errors
+    /// When it is no such thing.
+    pub fn from_bytes(bytes: &[u8]) -> Result<(LeafSetup, LeafExtras), postcard::Error> {
+        let (setup, rest) = postcard::take_from_bytes(bytes)?;
+        let extras = if rest.is_empty() {
+            LeafExtras::default()
+        } else {
+            postcard::from_bytes(rest)?
+        };
+        Ok((setup, extras))
+    }
+}
+
 /// One resource limit, by its number in `setrlimit(2)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rlimit {
@@ -201,7 +238,8 @@ pub enum FromLeaf {
         /// Where the time went.
         phases: Vec<Phase>,
     },
-    /// The handler is imported.
+    /// The handler is imported. One descriptor if [`LeafExtras::keep_compiled`] asked for it and the handler was compiled: a
+    /// memory file with what the extras of others may hold.
     Ready {
         /// Time of that import in microseconds.
         import_micros: u64,
@@ -246,4 +284,49 @@ pub struct Phase {
     pub name: String,
     /// Microseconds.
     pub micros: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_with_and_without_extras_read_each_other() {
+        let setup = LeafSetup {
+            handler: "app.handler".into(),
+            path: vec!["/srv/function".into()],
+            env: vec![("NAME".into(), "value".into())],
+            cwd: "/".into(),
+            hostname: "pod".into(),
+            function: "function".into(),
+            namespace: "team".into(),
+            pod: "pod".into(),
+            uid: 1,
+            gid: 2,
+            masked_paths: vec![],
+            readonly_paths: vec![],
+            rlimits: vec![],
+            seccomp: vec![1, 2, 3],
+            intercept_sockets: true,
+            single_request: false,
+            park_after_ms: 3,
+            max_body: 4,
+            threads: 5,
+            timeout_seconds: 6,
+        };
+        let extras = LeafExtras {
+            keep_compiled: true,
+            compiled: vec![7; 100],
+        };
+        let bytes = setup.to_bytes(&extras).unwrap();
+        assert_eq!(
+            LeafSetup::from_bytes(&bytes).unwrap(),
+            (setup.clone(), extras)
+        );
+        assert_eq!(postcard::from_bytes::<LeafSetup>(&bytes).unwrap(), setup);
+        let before = postcard::to_stdvec(&setup).unwrap();
+        let alone = (setup, LeafExtras::default());
+        assert_eq!(LeafSetup::from_bytes(&before).unwrap(), alone);
+        assert!(LeafSetup::from_bytes(&bytes[..bytes.len() - 1]).is_err());
+    }
 }

@@ -28,7 +28,7 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use sock_zygote::protocol::{self, LeafSetup, Phase, ZygoteSetup};
+use sock_zygote::protocol::{self, LeafExtras, LeafSetup, Phase, ZygoteSetup};
 use sock_zygote::{
     Arrived, Confining, Error, Event, ForkOrigin, FunctionRoot, Leaf, SealedSetup, SetupFds, Warm,
     Zygote, ZygoteChannel, inject_sockets,
@@ -109,6 +109,11 @@ impl Container {
             .join()
             .unwrap();
         Container { mounts, dir }
+    }
+
+    /// Where this machine has a file of the container that was given to `new`.
+    pub fn path(&self, inside: &str) -> PathBuf {
+        self.dir.path().join(inside.trim_start_matches('/'))
     }
 }
 
@@ -502,6 +507,7 @@ pub struct Function {
     pub root: FunctionRoot,
     pub cgroup: Cgroup,
     pub setup: LeafSetup,
+    pub extras: LeafExtras,
     pub network: String,
 }
 
@@ -557,6 +563,7 @@ pub struct Running {
     pub phases: Vec<Phase>,
     pub origin: Option<ForkOrigin>,
     pub import_micros: u64,
+    pub compiled: Option<Vec<u8>>,
     pub times: Times,
 }
 
@@ -593,6 +600,7 @@ impl Function {
             root,
             cgroup: Cgroup::new(),
             setup: leaf_setup(),
+            extras: LeafExtras::default(),
             network,
         }
     }
@@ -605,7 +613,7 @@ impl Function {
         connection: Option<(u64, BorrowedFd<'_>)>,
     ) -> Result<Running, Error> {
         let start = Instant::now();
-        let setup = SealedSetup::new(&self.setup)?;
+        let setup = SealedSetup::new(&self.setup, &self.extras)?;
         let tree = self.root.clone_tree()?;
         let cloned = Instant::now();
         let (arrived, origin) = channel.fork(fresh).await?;
@@ -624,7 +632,7 @@ impl Function {
                 }
             });
         }
-        let (leaf, import_micros) = loading.ready().await?;
+        let (leaf, import_micros, compiled) = loading.ready(self.extras.keep_compiled).await?;
         let times = Times {
             start,
             tree: cloned,
@@ -637,6 +645,7 @@ impl Function {
             phases,
             origin,
             import_micros,
+            compiled,
             times,
         })
     }
