@@ -449,3 +449,44 @@ fn roots_are_prepared_by_many_threads_at_once() {
         }
     });
 }
+
+/// Where a leaf comes from makes no difference to what it may see of the kernel.
+#[test]
+fn a_spare_is_masked_as_any_leaf_and_no_more() {
+    const REPORT: &str = "
+def handler(event, context):
+    mounts = [line.split() for line in open('/proc/self/mountinfo')]
+    return sorted([m[4], m[5].split(',')[0], m[m.index('-') + 1]] for m in mounts if m[4].startswith(('/proc', '/sys/')))
+";
+    shim(async {
+        let mut setup = zygote_setup(&[]);
+        setup.spares = 1;
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let mut function = Function::new(&pool, REPORT, &[]);
+        let mut seen = Vec::new();
+        for unmasked in [false, true] {
+            if unmasked {
+                function
+                    .setup
+                    .masked_paths
+                    .retain(|path| path != "/proc/keys");
+            }
+            for fresh in [true, false] {
+                let leaf = loop {
+                    let leaf = function.leaf(&pool.channel, fresh, None).await.unwrap();
+                    // A spare has made its namespaces before it was told of a Function.
+                    let made = leaf.phases.iter().any(|phase| phase.name == "namespaces");
+                    if made == fresh {
+                        break leaf;
+                    }
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                };
+                seen.push(ask(&leaf, "/").await);
+            }
+        }
+        assert_eq!(seen[0], seen[1]);
+        assert_eq!(seen[2], seen[3]);
+        let is_masked = |mounts: &Value| mounts.to_string().contains("/proc/keys");
+        assert!(is_masked(&seen[0]) && !is_masked(&seen[2]), "{seen:?}");
+    });
+}

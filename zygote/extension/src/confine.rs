@@ -107,25 +107,72 @@ pub fn prepare(phases: &mut Phases) -> Result<(), Error> {
         )
         .map_err(at("make the mounts private (mount)"))
     })?;
-    phases.time("proc", || {
-        mount(
-            c"proc",
-            c"/proc",
-            c"proc",
-            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
-            None::<&CStr>,
-        )
-        .map_err(at("mount a fresh /proc (mount)"))
-    })
+    phases.time("proc", fresh_proc)
 }
 
-/// The rest. Yields the listener for intercepted sockets.
+fn fresh_proc() -> Result<(), Error> {
+    mount(
+        c"proc",
+        c"/proc",
+        c"proc",
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+        None::<&CStr>,
+    )
+    .map_err(at("mount a fresh /proc (mount)"))
+}
+
+/// Paths below `/proc` that are masked, and read-only, already.
+#[derive(Debug, Default)]
+pub struct Masks {
+    masked: Vec<&'static str>,
+    readonly: Vec<&'static str>,
+}
+
+impl Masks {
+    /// In a spare, what container runtimes mask and make read-only unless a pod asks for less (`procMount`): the pod that
+    /// the spare is for is not known yet, and a third of the way into one is this.
+    pub fn usual() -> Result<Masks, Error> {
+        const MASKED: [&str; 9] = [
+            "/proc/acpi",
+            "/proc/asound",
+            "/proc/kcore",
+            "/proc/keys",
+            "/proc/latency_stats",
+            "/proc/sched_debug",
+            "/proc/scsi",
+            "/proc/timer_list",
+            "/proc/timer_stats",
+        ];
+        const READONLY: [&str; 5] = [
+            "/proc/bus",
+            "/proc/fs",
+            "/proc/irq",
+            "/proc/sys",
+            "/proc/sysrq-trigger",
+        ];
+        Ok(Masks {
+            masked: mask(&MASKED)?,
+            readonly: make_all_readonly(&READONLY)?,
+        })
+    }
+
+    /// Whether the pod asks for all of it.
+    fn are_of(&self, setup: &LeafSetup) -> bool {
+        let within = |done: &[&str], asked: &[String]| {
+            done.iter().all(|path| asked.iter().any(|a| a == path))
+        };
+        within(&self.masked, &setup.masked_paths) && within(&self.readonly, &setup.readonly_paths)
+    }
+}
+
+/// The rest. `masks`: of a leaf that was forked. Yields the listener for intercepted sockets.
 pub fn confine(
     setup: &LeafSetup,
     fds: &Fds,
-    forked: bool,
+    masks: Option<Masks>,
     phases: &mut Phases,
 ) -> Result<Option<OwnedFd>, Error> {
+    let forked = masks.is_some();
     // First, so that what follows is charged to the pod.
     phases.time("cgroup", || {
         fds.cgroups
@@ -146,8 +193,18 @@ pub fn confine(
         })?;
     }
     if let Some(root) = &fds.root {
+        let masks = match masks.unwrap_or_default() {
+            masks if masks.are_of(setup) => masks,
+            _ => {
+                fresh_proc()?;
+                Masks::default()
+            }
+        };
         phases.time("root", || change_root(root.as_fd()))?;
-        phases.time("masks", || mask(setup))?;
+        phases.time("masks", || {
+            mask(&rest(&setup.masked_paths, &masks.masked))?;
+            make_all_readonly(&rest(&setup.readonly_paths, &masks.readonly)).map(drop)
+        })?;
         if !setup.hostname.is_empty() {
             sethostname(setup.hostname.as_bytes())
                 .map_err(on("set the host name (sethostname)", &setup.hostname))?;
@@ -202,20 +259,27 @@ fn change_root(root: BorrowedFd<'_>) -> Result<(), Error> {
     chdir(c"/").map_err(at("enter the new root directory (chdir)"))
 }
 
-fn mask(setup: &LeafSetup) -> Result<(), Error> {
+fn rest<'a>(asked: &'a [String], done: &[&str]) -> Vec<&'a str> {
+    let paths = asked.iter().map(String::as_str);
+    paths.filter(|path| !done.contains(path)).collect()
+}
+
+/// Hides what is there of `paths`; yields that.
+fn mask<'a>(paths: &[&'a str]) -> Result<Vec<&'a str>, Error> {
     let mut empty: Option<&str> = None;
-    for path in &setup.masked_paths {
+    let mut done = Vec::with_capacity(paths.len());
+    for &path in paths {
         let Some(kind) = kind(path).map_err(on("look at the path to mask (statx)", path))? else {
             continue;
         };
         if kind != FileType::Directory {
-            mount_bind(c"/dev/null", path.as_str()).map_err(on("mask (mount)", path))?;
+            mount_bind(c"/dev/null", path).map_err(on("mask (mount)", path))?;
         } else if let Some(first) = empty {
-            mount_bind(first, path.as_str()).map_err(on("mask (mount)", path))?;
+            mount_bind(first, path).map_err(on("mask (mount)", path))?;
         } else {
             mount(
                 c"tmpfs",
-                path.as_str(),
+                path,
                 c"tmpfs",
                 MountFlags::RDONLY,
                 Some(c"size=0,nr_inodes=2"),
@@ -223,19 +287,26 @@ fn mask(setup: &LeafSetup) -> Result<(), Error> {
             .map_err(on("mask (mount)", path))?;
             empty = Some(path);
         }
+        done.push(path);
     }
-    for path in &setup.readonly_paths {
+    Ok(done)
+}
+
+/// Makes read-only what is there of `paths`; yields that.
+fn make_all_readonly<'a>(paths: &[&'a str]) -> Result<Vec<&'a str>, Error> {
+    let mut done = Vec::with_capacity(paths.len());
+    for &path in paths {
         if kind(path)
             .map_err(on("look at the read-only path (statx)", path))?
             .is_none()
         {
             continue;
         }
-        mount_bind(path.as_str(), path.as_str())
-            .map_err(on("bind the read-only path (mount)", path))?;
+        mount_bind(path, path).map_err(on("bind the read-only path (mount)", path))?;
         make_readonly(path).map_err(on("make read-only (mount_setattr)", path))?;
+        done.push(path);
     }
-    Ok(())
+    Ok(done)
 }
 
 /// `None` for a path that does not exist here: profiles name what only some kernels have.

@@ -13,7 +13,7 @@ use sock_zygote_protocol::{
     self as protocol, FdRole, FromLeaf, LeafExtras, LeafSetup, Received, ToLeaf,
 };
 
-use crate::confine::{Fds, Phases, confine, prepare};
+use crate::confine::{Fds, Masks, Phases, confine, prepare};
 use crate::http;
 use crate::python::Runtime;
 
@@ -68,26 +68,25 @@ impl From<protocol::Error> for End {
 /// Lives and ends: a forked child must never return into the zygote's loop.
 pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) -> ! {
     let mut phases = Phases::default();
-    let begun = match birth {
-        Birth::Interpreter => Ok(()),
-        Birth::Fork | Birth::Spare => runtime.after_fork(py).map_err(|e| failed(py, runtime, &e)),
-    };
+    let begin = || runtime.after_fork(py).map_err(|e| failed(py, runtime, &e));
     let (control, prepared) = match birth {
-        Birth::Interpreter => (channel, Ok(())),
+        Birth::Interpreter => (channel, Ok(None)),
         Birth::Fork => {
             // Said first: the setup is then on its way while the namespaces are made.
-            let said = hello(&channel);
-            (
-                channel,
-                said.and_then(|()| prepare(&mut phases).map_err(End::failed)),
-            )
+            let prepared = hello(&channel)
+                .and_then(|()| begin())
+                .and_then(|()| prepare(&mut phases).map_err(End::failed));
+            (channel, prepared.map(|()| Some(Masks::default())))
         }
         Birth::Spare => {
-            let prepared = prepare(&mut Phases::default()).map_err(End::failed);
-            let prepared = prepared.and_then(|()| {
+            let prepared = begin().and_then(|()| {
+                let masks = prepare(&mut Phases::default())
+                    .and_then(|()| Masks::usual())
+                    .map_err(End::failed)?;
                 // Its pages that every leaf writes to are copied now, and not while a client waits.
                 runtime.rehearse(py);
-                runtime.reseed(py).map_err(|e| failed(py, runtime, &e))
+                runtime.reseed(py).map_err(|e| failed(py, runtime, &e))?;
+                Ok(Some(masks))
             });
             let Ok(mut assigned) = protocol::receive::<bool>(&channel) else {
                 exit(py, runtime, 0)
@@ -97,37 +96,35 @@ pub fn run(py: Python<'_>, runtime: &Runtime, channel: OwnedFd, birth: Birth) ->
             };
             drop(channel);
             let said = hello(&control);
-            (control, prepared.and(said))
+            (control, said.and(prepared))
         }
     };
     if birth == Birth::Interpreter && hello(&control).is_err() {
         exit(py, runtime, 0);
     }
-    let status = match begun
-        .and(prepared)
-        .and_then(|()| become_leaf(py, runtime, &control, birth, phases))
-    {
-        Ok(server) => http::serve(py, runtime, &control, server),
-        Err(End::Dismissed) => 0,
-        Err(End::Failed { message, traceback }) => {
-            eprintln!(
-                "{}",
-                if traceback.is_empty() {
-                    &message
-                } else {
-                    &traceback
-                }
-                .trim_end()
-            );
-            let failed = FromLeaf::Failed {
-                message: cut(message, MOST_MESSAGE),
-                traceback: cut(traceback, MOST_TRACEBACK),
-            };
-            // Nobody else can be told.
-            let _ = protocol::send(&control, &failed, &[]);
-            1
-        }
-    };
+    let status =
+        match prepared.and_then(|masks| become_leaf(py, runtime, &control, birth, masks, phases)) {
+            Ok(server) => http::serve(py, runtime, &control, server),
+            Err(End::Dismissed) => 0,
+            Err(End::Failed { message, traceback }) => {
+                eprintln!(
+                    "{}",
+                    if traceback.is_empty() {
+                        &message
+                    } else {
+                        &traceback
+                    }
+                    .trim_end()
+                );
+                let failed = FromLeaf::Failed {
+                    message: cut(message, MOST_MESSAGE),
+                    traceback: cut(traceback, MOST_TRACEBACK),
+                };
+                // Nobody else can be told.
+                let _ = protocol::send(&control, &failed, &[]);
+                1
+            }
+        };
     exit(py, runtime, status)
 }
 
@@ -157,6 +154,7 @@ fn become_leaf(
     runtime: &Runtime,
     control: &OwnedFd,
     birth: Birth,
+    masks: Option<Masks>,
     mut phases: Phases,
 ) -> Result<http::Server, End> {
     let start = Instant::now();
@@ -184,8 +182,7 @@ fn become_leaf(
             "a module starts a thread in every fork (os.register_at_fork or pthread_atfork), which cannot be confined: leave it out of the PackageSet's imports",
         ));
     }
-    let listener =
-        confine(&setup, &fds, birth != Birth::Interpreter, &mut phases).map_err(End::failed)?;
+    let listener = confine(&setup, &fds, masks, &mut phases).map_err(End::failed)?;
     drop(fds);
     let list: Vec<BorrowedFd<'_>> = listener.iter().map(AsFd::as_fd).collect();
     protocol::send(

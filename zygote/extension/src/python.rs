@@ -38,7 +38,7 @@ pub struct Answer {
 }
 
 /// Of the state of a Mersenne twister.
-const WORDS: usize = 624;
+const WORDS: u16 = 624;
 
 const SOURCE: &CStr =
     match CStr::from_bytes_with_nul(concat!(include_str!("runtime.py"), "\0").as_bytes()) {
@@ -171,7 +171,7 @@ impl Runtime {
             return self.reseed(py);
         };
         for twister in generators.iter() {
-            let size = WORDS * size_of::<u32>();
+            let size = usize::from(WORDS) * size_of::<u32>();
             // SAFETY: `settle` has found the words of a generator there, which lives as long as the process. The GIL is
             // held.
             let got = unsafe { libc::getrandom(twister.words as *mut libc::c_void, size, 0) };
@@ -179,7 +179,7 @@ impl Runtime {
                 return self.reseed(py);
             }
             // SAFETY: likewise. Past the last word: the next number is of a new round.
-            unsafe { (twister.position as *mut u32).write(WORDS as u32) };
+            unsafe { (twister.position as *mut u32).write(WORDS.into()) };
         }
         Ok(())
     }
@@ -278,13 +278,13 @@ impl Runtime {
 
 /// Makes sure that the state lies where it is said to: address of the words and of the position, and what Python says is there.
 fn twister((words, position, known, at): (usize, usize, Vec<u32>, u32)) -> Option<Twister> {
-    if known.len() != WORDS || words == 0 || !words.is_multiple_of(align_of::<u32>()) {
+    if known.len() != usize::from(WORDS) || words == 0 || !words.is_multiple_of(align_of::<u32>()) {
         return None;
     }
     // SAFETY: `generators` of runtime.py looks at the kind and the size of the object first, so that so much can be read.
     let (found, found_at) = unsafe {
         (
-            std::slice::from_raw_parts(words as *const u32, WORDS),
+            std::slice::from_raw_parts(words as *const u32, WORDS.into()),
             (position as *const u32).read(),
         )
     };

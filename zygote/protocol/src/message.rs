@@ -318,15 +318,18 @@ mod tests {
             keep_compiled: true,
             compiled: vec![7; 100],
         };
-        let bytes = setup.to_bytes(&extras).unwrap();
+        let bytes = setup.to_bytes(&extras).expect("bytes");
         assert_eq!(
-            LeafSetup::from_bytes(&bytes).unwrap(),
+            LeafSetup::from_bytes(&bytes).expect("it is whole"),
             (setup.clone(), extras)
         );
-        assert_eq!(postcard::from_bytes::<LeafSetup>(&bytes).unwrap(), setup);
-        let before = postcard::to_stdvec(&setup).unwrap();
+        assert_eq!(
+            postcard::from_bytes::<LeafSetup>(&bytes).expect("it is whole"),
+            setup
+        );
+        let before = postcard::to_stdvec(&setup).expect("it is whole");
         let alone = (setup, LeafExtras::default());
-        assert_eq!(LeafSetup::from_bytes(&before).unwrap(), alone);
+        assert_eq!(LeafSetup::from_bytes(&before).expect("it is whole"), alone);
         assert!(LeafSetup::from_bytes(&bytes[..bytes.len() - 1]).is_err());
     }
 }
