@@ -508,6 +508,27 @@ fn spares_are_taken_and_replaced() {
 }
 
 #[test]
+fn a_leaf_that_is_to_be_fresh_leaves_spares_alone() {
+    shim(async {
+        let mut setup = zygote_setup(&["json"]);
+        setup.spares = 1;
+        let pool = Pool::start(Container::new(&[], &[]), &setup).await.unwrap();
+        let function = Function::new(&pool, NUMBERS, &[]);
+        while support::children(pool.process.pid()).is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let spare = support::children(pool.process.pid());
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        answer(&leaf).await;
+        let now = support::children(pool.process.pid());
+        assert!(
+            now.len() == 2 && now.contains(&spare[0]),
+            "{spare:?}, then {now:?}"
+        );
+    });
+}
+
+#[test]
 fn a_spare_that_was_killed_is_not_handed_out() {
     shim(async {
         let mut setup = zygote_setup(&["json"]);

@@ -346,7 +346,7 @@ impl Zygote {
 
     /// Gives the control channel to a spare or a new leaf; says if it was a spare.
     fn leaf(&mut self, py: Python<'_>, channel: &OwnedFd, fresh: bool) -> Result<bool, ForkError> {
-        while let (false, Some(spare)) = (fresh, self.spares.pop_front()) {
+        while !fresh && let Some(spare) = self.spares.pop_front() {
             if protocol::send(&spare, &leaf::ASSIGNED, &[channel.as_fd()]).is_ok() {
                 return Ok(true);
             }
