@@ -10,11 +10,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use sock_sandbox::Stdio;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
+use tokio::time::Instant;
 
 use crate::async_fd::watch;
 
@@ -43,6 +45,48 @@ impl Kept {
     pub fn close_stdin(&mut self) {
         self.stdin = None;
     }
+}
+
+/// containerd opens its side of a FIFO in the background. If it has not by then, no start waits for it any longer.
+const READER_WITHIN: Duration = Duration::from_secs(5);
+/// Between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// Waits until containerd reads the output. What a process writes and closes before that is lost, and containerd, which
+/// opens the FIFO after it, waits for a writer for ever.
+///
+/// To be kept until the process has its own ends: without a writer a reader sees an end.
+pub async fn readers(paths: &Paths) -> Vec<File> {
+    let until = Instant::now() + READER_WITHIN;
+    let mut kept = Vec::new();
+    for path in [&paths.stdout, &paths.stderr] {
+        let is_fifo = |path| std::fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
+        if path.is_empty() || !is_fifo(path) {
+            continue;
+        }
+        loop {
+            let opened = OpenOptions::new()
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path);
+            match opened {
+                Ok(writer) => {
+                    kept.push(writer);
+                    break;
+                }
+                // Nobody reads.
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
+                // Told by whoever opens it next.
+                Err(_) => break,
+            }
+            if Instant::now() >= until {
+                tracing::warn!(path, "nobody reads this output");
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+    kept
 }
 
 fn output(path: &str, uid: u32, kept: &mut Kept) -> io::Result<Option<OwnedFd>> {
@@ -215,4 +259,44 @@ async fn write_all(to: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
         bytes = &bytes[n..];
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+
+    /// As containerd does it, only later than usual.
+    #[test]
+    fn output_of_a_process_that_ends_before_anybody_reads_is_not_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("stdout");
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: makes a FIFO of that name.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let paths = Paths {
+            stdout: path.to_str().unwrap().to_owned(),
+            ..Paths::default()
+        };
+        let (read, all) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            let mut text = String::new();
+            File::open(path).unwrap().read_to_string(&mut text).unwrap();
+            read.send(text).unwrap();
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let readers = runtime.block_on(readers(&paths));
+        let (streams, kept) = open(&paths, 0).unwrap();
+        drop(readers);
+        let mut process = File::from(streams.stdout.unwrap());
+        process.write_all(b"said quickly").unwrap();
+        drop((process, kept));
+        let text = all.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(text, "said quickly");
+    }
 }

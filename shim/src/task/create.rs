@@ -127,6 +127,7 @@ async fn build(
 ) -> Result<(), Failure> {
     let spec = &container.spec;
     let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+    let readers = stdio::readers(paths).await;
     let (mut streams, kept) = stdio::open(paths, uid)?;
     *container.init.kept.borrow_mut() = kept;
     if let Role::Function(function) = &container.role {
@@ -159,6 +160,7 @@ async fn build(
         cgroups: future.version_1_directories(),
     })?;
     let launched = container.init.adopt(launched)?;
+    drop(readers);
     let _claim = Claim::new(launched.pid);
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
     let cgroup = Cgroup::create(hierarchies, &location, launched.pid, resources).await?;

@@ -45,6 +45,8 @@ pub(super) async fn exec(pod: Rc<Pod>, request: ExecProcessRequest) -> Result<Em
 }
 
 pub(super) async fn launch(container: &Container, process: &Process) -> Result<(), Failure> {
+    // Before anything is looked at that may change meanwhile.
+    let readers = stdio::readers(&process.paths).await;
     if process.phase() != Phase::Added {
         return Err(Failure::precondition(format!(
             "exec {} was started before",
@@ -89,7 +91,7 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     })?;
     let launched = process.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
-    drop(launched);
+    drop((launched, readers));
     process.create().await?;
     process.start().await
 }
