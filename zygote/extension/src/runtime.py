@@ -65,7 +65,7 @@ def become_zygote(path, accepts_threads):
 
 
 def _keep_hooks(**hooks):
-    """Stands in for `os.register_at_fork`: what a leaf would have to run for nothing is most of what a small one runs."""
+    """Stands in for `os.register_at_fork`: what leaves would run for nothing is most of what a small one runs."""
     if _hooks is None or not hooks or not all(map(callable, hooks.values())):
         _register_at_fork(**hooks)
     else:
@@ -73,7 +73,7 @@ def _keep_hooks(**hooks):
 
 
 def after_fork():
-    """In a leaf: the hooks that were kept from the interpreter, which has them for the leaf's own forks from here on."""
+    """In a leaf: the hooks that were kept from the interpreter. From here on it has them, for the leaf's own forks."""
     global _hooks
     if _hooks is None:
         return
@@ -337,8 +337,8 @@ def enter(env, path, cwd, handler):
 
 
 def reseed():
-    """Generators that a fork has copied. OpenSSL looks after a fork by itself: it goes by the process number, and that of
-    a leaf is 1 and never a zygote's."""
+    """Generators that a fork has copied. OpenSSL looks after a fork by itself: it goes by the process number, and that
+    of a leaf is 1 and never a zygote's."""
     sys.modules["random"].seed()
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
