@@ -117,8 +117,9 @@ def try_out(code):
 
 def watch():
     """Yields the code that a leaf runs, by its identity: a child does what a leaf does, and tells."""
-    # Before, code that is looked at has its references counted, and is not worth to be moved.
-    if sys.version_info < (3, 12):
+    # Before, code that is looked at has its references counted, and is not worth to be moved. Beside threads that were
+    # accepted a child may hang, and all would wait for it.
+    if sys.version_info < (3, 12) or _hooks is None:
         return {}
     flush()
     reader, writer = os.pipe()
