@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, UCred, send, sendmsg};
 use rustix::process::{Gid, Pid, Uid};
@@ -376,6 +377,44 @@ fn a_listener_that_is_none_is_refused_without_waiting() {
             let (confined, _, gap) = measured(confining.confined(None, None)).await;
             let error = confined.err().unwrap();
             assert!(matches!(error, Error::Unexpected { .. }), "{error}");
+            assert!(gap < SOON, "{gap:?}");
+        }
+    });
+}
+
+#[test]
+fn compiled_code_that_is_no_memory_file_is_left_out_without_waiting() {
+    let memory = |size: u64, text: &[u8]| -> OwnedFd {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut file = std::fs::File::from(memfd_create("code", flags).unwrap());
+        file.set_len(size).unwrap();
+        file.write_all(text).unwrap();
+        file.into()
+    };
+    shim(async {
+        let (silent, _writer) = rustix::pipe::pipe().unwrap();
+        let (_peer, slow) = slow_to_close();
+        let cases = [
+            (silent, None),
+            (slow, None),
+            (memory(1 << 40, b""), None),
+            (memory(0, b"code"), Some(b"code".to_vec())),
+        ];
+        for (fd, expected) in cases {
+            let (arrived, _, control) = answered(|control| {
+                protocol::send(control, &FromLeaf::Hello, &[]).unwrap();
+            })
+            .await
+            .unwrap();
+            let confining = told(arrived);
+            let confined = FromLeaf::Confined { phases: vec![] };
+            protocol::send(&control, &confined, &[]).unwrap();
+            let (loading, _, _) = confining.confined(None, None).await.unwrap();
+            let ready = FromLeaf::Ready { import_micros: 1 };
+            protocol::send(&control, &ready, &[fd.as_fd()]).unwrap();
+            drop(fd);
+            let (ready, _, gap) = measured(loading.ready(true)).await;
+            assert_eq!(ready.unwrap().2, expected);
             assert!(gap < SOON, "{gap:?}");
         }
     });
