@@ -125,6 +125,8 @@ fn fresh_proc() -> Result<(), Error> {
 #[derive(Debug, Default)]
 pub struct Masks {
     masked: Vec<&'static str>,
+    /// One of these that is a directory.
+    empty: Option<&'static str>,
     readonly: Vec<&'static str>,
 }
 
@@ -132,9 +134,10 @@ impl Masks {
     /// In a spare, what container runtimes mask and make read-only unless a pod asks for less (`procMount`): the pod that
     /// the spare is for is not known yet, and a third of the way into one is this.
     pub fn usual() -> Result<Masks, Error> {
-        const MASKED: [&str; 9] = [
+        const MASKED: [&str; 10] = [
             "/proc/acpi",
             "/proc/asound",
+            "/proc/interrupts",
             "/proc/kcore",
             "/proc/keys",
             "/proc/latency_stats",
@@ -150,8 +153,10 @@ impl Masks {
             "/proc/sys",
             "/proc/sysrq-trigger",
         ];
+        let mut empty = None;
         Ok(Masks {
-            masked: mask(&MASKED)?,
+            masked: mask(&MASKED, &mut empty)?,
+            empty,
             readonly: make_all_readonly(&READONLY)?,
         })
     }
@@ -202,7 +207,8 @@ pub fn confine(
         };
         phases.time("root", || change_root(root.as_fd()))?;
         phases.time("masks", || {
-            mask(&rest(&setup.masked_paths, &masks.masked))?;
+            let mut empty = masks.empty;
+            mask(&rest(&setup.masked_paths, &masks.masked), &mut empty)?;
             make_all_readonly(&rest(&setup.readonly_paths, &masks.readonly)).map(drop)
         })?;
         if !setup.hostname.is_empty() {
@@ -264,9 +270,8 @@ fn rest<'a>(asked: &'a [String], done: &[&str]) -> Vec<&'a str> {
     paths.filter(|path| !done.contains(path)).collect()
 }
 
-/// Hides what is there of `paths`; yields that.
-fn mask<'a>(paths: &[&'a str]) -> Result<Vec<&'a str>, Error> {
-    let mut empty: Option<&str> = None;
+/// Hides what is there of `paths`; yields that. `empty`: a directory that is hidden, which will do for all.
+fn mask<'a>(paths: &[&'a str], empty: &mut Option<&'a str>) -> Result<Vec<&'a str>, Error> {
     let mut done = Vec::with_capacity(paths.len());
     for &path in paths {
         let Some(kind) = kind(path).map_err(on("look at the path to mask (statx)", path))? else {
@@ -274,7 +279,7 @@ fn mask<'a>(paths: &[&'a str]) -> Result<Vec<&'a str>, Error> {
         };
         if kind != FileType::Directory {
             mount_bind(c"/dev/null", path).map_err(on("mask (mount)", path))?;
-        } else if let Some(first) = empty {
+        } else if let Some(first) = *empty {
             mount_bind(first, path).map_err(on("mask (mount)", path))?;
         } else {
             mount(
@@ -285,7 +290,7 @@ fn mask<'a>(paths: &[&'a str]) -> Result<Vec<&'a str>, Error> {
                 Some(c"size=0,nr_inodes=2"),
             )
             .map_err(on("mask (mount)", path))?;
-            empty = Some(path);
+            *empty = Some(path);
         }
         done.push(path);
     }
