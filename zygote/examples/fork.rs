@@ -44,7 +44,7 @@ fn options() -> Options {
         spares: 0,
         imports: vec![],
         packages: None,
-        python: "/usr/bin/python3".into(),
+        python: support::python(),
         profile: None,
         warm_up: String::new(),
         handler: None,

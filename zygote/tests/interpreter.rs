@@ -20,7 +20,7 @@ fn start(container: &Container) -> (Child, std::os::fd::OwnedFd) {
     let (ours, theirs) = protocol::pair().unwrap();
     set_socket_passcred(&ours, true).unwrap();
     let (mounts, control) = (container.mounts.as_raw_fd(), theirs.as_raw_fd());
-    let mut command = Command::new("/usr/bin/python3");
+    let mut command = Command::new(support::python());
     command
         .arg("/opt/sock/python/interpreter.py")
         .env_clear()

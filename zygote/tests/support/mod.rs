@@ -54,6 +54,11 @@ pub fn payload() -> PathBuf {
 
 /// A container's root directory in a mount namespace of its own: the machine's programs, sock's files and
 /// what the test adds.
+/// The interpreter to test with: `SOCK_PYTHON`, a path below `/usr`, or the machine's own.
+pub fn python() -> String {
+    std::env::var("SOCK_PYTHON").unwrap_or_else(|_| "/usr/bin/python3".into())
+}
+
 pub struct Container {
     pub mounts: OwnedFd,
     dir: tempfile::TempDir,
@@ -480,7 +485,7 @@ pub fn zygote_setup(imports: &[&str]) -> ZygoteSetup {
 
 impl Pool {
     pub async fn start(container: Container, setup: &ZygoteSetup) -> Result<Pool, Error> {
-        Pool::with_python(container, setup, "/usr/bin/python3").await
+        Pool::with_python(container, setup, &python()).await
     }
 
     pub async fn with_python(
