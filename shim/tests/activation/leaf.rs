@@ -7,8 +7,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
-use sock_zygote::protocol::{self, FromLeaf, LeafSetup, ToLeaf};
+use sock_zygote::protocol::{self, FromLeaf, LeafExtras, LeafSetup, ToLeaf};
 
 /// Set by whoever starts it: where a file appears when `/held` may answer.
 pub const RELEASE: &str = "SOCK_TEST_RELEASE";
@@ -24,6 +25,7 @@ fn leaf_process() {
     let mut leaf = Leaf {
         control: std::io::stdin().as_fd().try_clone_to_owned().expect("dup"),
         waiting: VecDeque::new(),
+        compiled: String::new(),
     };
     leaf.run();
     std::process::exit(0);
@@ -32,6 +34,8 @@ fn leaf_process() {
 struct Leaf {
     control: OwnedFd,
     waiting: VecDeque<(ToLeaf, Vec<OwnedFd>)>,
+    /// What it was told that another has compiled.
+    compiled: String,
 }
 
 enum After {
@@ -61,7 +65,7 @@ impl Leaf {
         let (ToLeaf::Setup { .. }, fds) = self.hear() else {
             panic!("Setup must come first")
         };
-        let setup = read_setup(&fds[0]);
+        let (setup, extras) = read_setup(&fds[0]);
         let env = |name: &str| {
             setup
                 .env
@@ -89,7 +93,14 @@ impl Leaf {
             Some("DieOnImport") => return,
             _ => {}
         }
-        self.say(&FromLeaf::Ready { import_micros: 17 });
+        let ready = FromLeaf::Ready { import_micros: 17 };
+        if extras.keep_compiled {
+            let compiled = memory_file(b"compiled by the first");
+            protocol::send(&self.control, &ready, &[compiled.as_fd()]).expect("sent");
+        } else {
+            self.say(&ready);
+        }
+        self.compiled = String::from_utf8(extras.compiled).expect("text");
         loop {
             match self.hear() {
                 (ToLeaf::Serve { conn }, mut fds) => {
@@ -164,7 +175,10 @@ impl Leaf {
                 }
                 _ => {}
             }
-            let body = std::process::id().to_string();
+            let body = match path.as_str() {
+                "/compiled" => self.compiled.clone(),
+                _ => std::process::id().to_string(),
+            };
             let head = format!(
                 "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
                 body.len()
@@ -212,12 +226,19 @@ impl Leaf {
     }
 }
 
-fn read_setup(file: &OwnedFd) -> LeafSetup {
+fn memory_file(text: &[u8]) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = std::fs::File::from(memfd_create("compiled", flags).expect("memory"));
+    file.write_all(text).expect("written");
+    file.into()
+}
+
+fn read_setup(file: &OwnedFd) -> (LeafSetup, LeafExtras) {
     let len = usize::try_from(rustix::fs::fstat(file).expect("stat").st_size).expect("a size");
     let mut bytes = vec![0; len];
     let n = rustix::io::pread(file, &mut bytes, 0).expect("read");
     assert_eq!(n, len);
-    postcard::from_bytes(&bytes).expect("a setup")
+    LeafSetup::from_bytes(&bytes).expect("a setup")
 }
 
 /// The path of the next request, its head read; the body stays where it is.

@@ -487,6 +487,29 @@ fn leaves_come_from_the_zygote_while_it_lives_and_from_an_interpreter_after() {
 }
 
 #[test]
+fn what_the_first_leaf_has_compiled_is_told_to_those_that_come_later() {
+    in_pod(|mut pod| async move {
+        pod.config.reuse = Reuse::Never;
+        pod.with_zygote();
+        let activation = pod.start().await;
+        let mut client = pod.connect(&activation).await;
+        let mut compiled = Vec::new();
+        for origin in ["the first leaf", "a fork", "an interpreter"] {
+            if origin == "an interpreter" {
+                pod.end_zygote();
+            }
+            compiled.push(get(&mut client, "/compiled").await.body);
+        }
+        assert_eq!(
+            compiled,
+            ["", "compiled by the first", "compiled by the first"]
+        );
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
 fn a_fork_that_fails_is_made_good_by_an_interpreter() {
     in_pod(|mut pod| async move {
         pod.script(Script::FailConfinement);

@@ -171,6 +171,8 @@ impl Pod {
                 processes,
                 zygote: RefCell::new(None),
                 setup,
+                plain: RefCell::new(None),
+                extras: RefCell::default(),
             }));
         }
     }
@@ -374,18 +376,26 @@ struct Stable {
     processes: Rc<Processes>,
     zygote: RefCell<Option<Rc<Stand>>>,
     setup: Rc<RefCell<Option<SealedSetup>>>,
+    plain: RefCell<Option<LeafSetup>>,
+    extras: RefCell<LeafExtras>,
 }
 
 impl Stable {
     fn appear(&self, config: &FunctionConfig, setup: &LeafSetup) {
         let mut setup = setup.clone();
         config.complete(&mut setup);
-        self.setup.replace(Some(
-            SealedSetup::new(&setup, &LeafExtras::default()).expect("a setup"),
-        ));
+        self.plain.replace(Some(setup));
+        self.seal();
         let (processes, setup) = (Rc::clone(&self.processes), Rc::clone(&self.setup));
         self.zygote
             .replace(Some(Rc::new(Stand { processes, setup })));
+    }
+
+    fn seal(&self) {
+        if let Some(setup) = &*self.plain.borrow() {
+            let sealed = SealedSetup::new(setup, &self.extras.borrow()).expect("a setup");
+            self.setup.replace(Some(sealed));
+        }
     }
 }
 
@@ -399,7 +409,9 @@ impl Zygotes for Stable {
         Box::pin(std::future::ready(zygote))
     }
 
-    fn tell_leaves(&self, _extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+    fn tell_leaves(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+        self.extras.replace(extras.clone());
+        self.seal();
         Ok(())
     }
 }
