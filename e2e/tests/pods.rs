@@ -74,6 +74,35 @@ fn a_root_pod_of_no_special_form_runs() {
 }
 
 #[test]
+fn a_terminal_shows_what_is_written_to_it() {
+    in_namespace("terminal", |namespace| {
+        let told = "test -t 1 && echo a terminal; until [ -s /tmp/end ]; do sleep 0.1; done";
+        let mut pod = manifest::busybox("box", &[("main", told)]);
+        pod["spec"]["containers"][0]["tty"] = json!(true);
+        namespace.apply(&[pod])?;
+        namespace.wait_for("pod/box", "Ready", MINUTE)?;
+        let logs = until("it has said so", MINUTE, || {
+            let logs = namespace.kubectl(&["logs", "box"])?;
+            Ok((!logs.is_empty()).then_some(logs))
+        })?;
+        ensure!(logs.trim() == "a terminal", "{logs:?}");
+        // kubectl asks for a terminal only where it has one.
+        let exec = format!(
+            "kubectl -n {} exec -it box -- sh -c 'test -t 1 && echo another'",
+            namespace.name
+        );
+        let said = std::process::Command::new("script")
+            .args(["-qec", &exec, "/dev/null"])
+            .stdin(std::process::Stdio::null())
+            .output()
+            .context("script(1)")?;
+        let said = String::from_utf8_lossy(&said.stdout);
+        ensure!(said.contains("another"), "{said:?}");
+        Ok(())
+    });
+}
+
+#[test]
 fn two_containers_share_the_network_and_nothing_else() {
     in_namespace("pair", |namespace| {
         let server = "echo served >/tmp/index.html; exec httpd -f -p 8080 -h /tmp";

@@ -379,12 +379,12 @@ impl Driver {
 
     /// What leaves are told from here on besides their setup.
     fn tell_leaves(&self, extras: &LeafExtras) {
-        let told = self.cold.besides(extras).and_then(|()| {
-            self.zygotes
-                .as_ref()
-                .map_or(Ok(()), |zygotes| zygotes.tell_leaves(extras))
-        });
-        if let Err(error) = told {
+        let forked = self.zygotes.as_ref();
+        let told = [
+            self.cold.besides(extras),
+            forked.map_or(Ok(()), |zygotes| zygotes.tell_leaves(extras)),
+        ];
+        for error in told.into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "every leaf compiles its handler by itself");
         }
     }

@@ -160,7 +160,6 @@ async fn build(
         cgroups: future.version_1_directories(),
     })?;
     let launched = container.init.adopt(launched)?;
-    drop(readers);
     let _claim = Claim::new(launched.pid);
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
     let cgroup = Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
@@ -169,7 +168,10 @@ async fn build(
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
     drop(launched);
-    container.init.create().await
+    let created = container.init.create().await;
+    // A terminal's own end of the output is there since then.
+    drop(readers);
+    created
 }
 
 fn network(spec: &Spec) -> Option<std::path::PathBuf> {

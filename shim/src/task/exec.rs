@@ -53,6 +53,18 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
             process.exec_id
         )));
     }
+    let is_known = |known: &Rc<Process>| std::ptr::eq(&raw const **known, process);
+    if !container
+        .execs
+        .borrow()
+        .get(&process.exec_id)
+        .is_some_and(is_known)
+    {
+        return Err(Failure::precondition(format!(
+            "exec {} was deleted before it was started",
+            process.exec_id
+        )));
+    }
     if container.init.phase() != Phase::Running {
         return Err(Failure::precondition(format!(
             "container {} is not running",
@@ -91,8 +103,10 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     })?;
     let launched = process.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
-    drop((launched, readers));
+    drop(launched);
     process.create().await?;
+    // A terminal's own end of the output is there since then.
+    drop(readers);
     process.start().await
 }
 

@@ -52,13 +52,13 @@ pub fn payload() -> PathBuf {
     path.canonicalize().unwrap()
 }
 
-/// A container's root directory in a mount namespace of its own: the machine's programs, sock's files and
-/// what the test adds.
 /// The interpreter to test with: `SOCK_PYTHON`, a path below `/usr`, or the machine's own.
 pub fn python() -> String {
     std::env::var("SOCK_PYTHON").unwrap_or_else(|_| "/usr/bin/python3".into())
 }
 
+/// A container's root directory in a mount namespace of its own: the machine's programs, sock's files and
+/// what the test adds.
 pub struct Container {
     pub mounts: OwnedFd,
     dir: tempfile::TempDir,
