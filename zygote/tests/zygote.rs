@@ -274,6 +274,126 @@ def handler(event, context):
 }
 
 #[test]
+fn hooks_that_draw_numbers_draw_different_ones() {
+    const HOOKED: &str = "
+import os, random
+drawn = []
+os.register_at_fork(after_in_child=lambda: drawn.append(random.gauss(0, 1)))
+";
+    const REPORT: &str = "
+import hooked, random
+def handler(event, context):
+    return [hooked.drawn[0], random.gauss(0, 1)]
+";
+    shim(async {
+        let mut setup = zygote_setup(&["hooked"]);
+        setup.path = vec!["/packages".into()];
+        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
+        let function = Function::new(&pool, REPORT, &[]);
+        let mut drawn = Vec::new();
+        for _ in 0..2 {
+            let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+            let numbers = answer(&leaf).await;
+            drawn.extend([numbers[0].clone(), numbers[1].clone()]);
+        }
+        assert_ne!(drawn[0], drawn[2]);
+        assert_ne!(drawn[1], drawn[3]);
+    });
+}
+
+#[test]
+fn forks_of_a_warm_up_run_hooks_too() {
+    const HOOKED: &str = "
+import os
+seen = []
+os.register_at_fork(
+    before=lambda: seen.append('before'),
+    after_in_parent=lambda: seen.append('parent'),
+    after_in_child=lambda: seen.append('child'),
+)
+";
+    const WARM_UP: &str = "
+import hooked, os, random
+hooked.seen.clear()
+read, write = os.pipe()
+state = random.getstate()
+child = os.fork()
+if child == 0:
+    os.write(write, ','.join([*hooked.seen, str(random.getstate() != state)]).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+hooked.said = [os.read(read, 1000).decode(), list(hooked.seen)]
+";
+    const REPORT: &str = "
+import hooked
+def handler(event, context):
+    return hooked.said
+";
+    shim(async {
+        let mut setup = zygote_setup(&["hooked"]);
+        setup.path = vec!["/packages".into()];
+        setup.warm_up = WARM_UP.into();
+        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
+        let function = Function::new(&pool, REPORT, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let expected = serde_json::json!(["before,child,True", ["before", "parent"]]);
+        assert_eq!(answer(&leaf).await, expected);
+    });
+}
+
+/// What helps a zygote to be quick is no reason to refuse one.
+#[test]
+fn packages_that_are_in_the_way_of_what_is_prepared_are_served_all_the_same() {
+    const ODD: &str = "
+import random, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+random._inst = random.SystemRandom()
+";
+    // It holds whatever is open for longer than the zygote may take to start.
+    const WARM_UP: &str = "
+import os, time
+if os.fork() == 0:
+    time.sleep(20)
+    os._exit(0)
+";
+    shim(async {
+        let mut setup = zygote_setup(&["odd"]);
+        setup.path = vec!["/packages".into()];
+        setup.warm_up = WARM_UP.into();
+        let begin = std::time::Instant::now();
+        let pool = Pool::start(image("odd", ODD), &setup).await.unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(15));
+        let function = Function::new(&pool, NUMBERS, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await.as_array().map(Vec::len), Some(3));
+    });
+}
+
+#[test]
+fn a_finder_of_a_package_is_asked_for_the_handler() {
+    const FINDER: &str = "
+import importlib.machinery, importlib.util, sys
+class Loader(importlib.machinery.SourceFileLoader):
+    def get_data(self, path):
+        return super().get_data(path).replace(b'plain', b'changed')
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == 'app':
+            return importlib.util.spec_from_loader(name, Loader(name, '/srv/function/app.py'))
+sys.meta_path.insert(0, Finder())
+";
+    shim(async {
+        let mut setup = zygote_setup(&["finder"]);
+        setup.path = vec!["/packages".into()];
+        let pool = Pool::start(image("finder", FINDER), &setup).await.unwrap();
+        let source = "def handler(event, context):\n    return ['plain']\n";
+        let function = Function::new(&pool, source, &[]);
+        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        assert_eq!(answer(&leaf).await, serde_json::json!(["changed"]));
+    });
+}
+
+#[test]
 fn a_hook_that_fails_is_told_and_ends_nothing() {
     const HOOKED: &str = "
 import os

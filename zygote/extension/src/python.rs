@@ -1,6 +1,6 @@
 //! The functions of `runtime.py`, called from Rust.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::ffi::{CStr, CString, c_char};
 use std::rc::Rc;
 
@@ -14,6 +14,8 @@ pub struct Runtime {
     module: Py<PyModule>,
     /// The generators that a leaf seeds, once all that are there are of the known kind.
     generators: OnceCell<Rc<[Twister]>>,
+    /// Somebody may have used them since.
+    is_touched: Cell<bool>,
 }
 
 /// Where a Mersenne twister has its state. Only numbers: what is there lives as long as the process.
@@ -52,6 +54,7 @@ impl Runtime {
         Ok(Runtime {
             module: module.unbind(),
             generators: OnceCell::new(),
+            is_touched: Cell::new(false),
         })
     }
 
@@ -59,6 +62,7 @@ impl Runtime {
         Runtime {
             module: self.module.clone_ref(py),
             generators: self.generators.clone(),
+            is_touched: self.is_touched.clone(),
         }
     }
 
@@ -79,7 +83,9 @@ impl Runtime {
 
     /// In a leaf, after what the interpreter itself does there.
     pub fn after_fork(&self, py: Python<'_>) -> PyResult<()> {
-        self.function(py, "after_fork")?.call0().map(drop)
+        let others_ran = self.function(py, "after_fork")?.call0()?.extract()?;
+        self.is_touched.set(others_ran);
+        Ok(())
     }
 
     pub fn try_out(&self, py: Python<'_>, warm_up: &str) -> PyResult<()> {
@@ -167,7 +173,7 @@ impl Runtime {
 
     /// The same, as long as nobody has used them since [`Runtime::settle`].
     pub fn reseed_untouched(&self, py: Python<'_>) -> PyResult<()> {
-        let Some(generators) = self.generators.get() else {
+        let Some(generators) = self.generators.get().filter(|_| !self.is_touched.get()) else {
             return self.reseed(py);
         };
         for twister in generators.iter() {

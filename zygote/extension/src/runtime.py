@@ -1,7 +1,7 @@
 """What a zygote and its leaves do in the language of their packages.
 
 The extension compiles this text when it starts, before anything is forked, and calls the functions
-below. Nothing here is imported by name, and nothing here reads a file.
+below. Nothing here is imported by name.
 """
 
 import marshal
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.machinery import PathFinder as _PathFinder
 from importlib.machinery import SourceFileLoader as _SourceFileLoader
 from types import ModuleType as _ModuleType
 
@@ -35,19 +36,29 @@ SINGLE_THREADED = {
 IDLE_HOOKS = {"asyncio.events", "concurrent.futures.thread", "logging", "random", "threading"}
 
 _HERE = __file__
+_PATH_HOOKS = list(sys.path_hooks)
+_ZYGOTE = os.getpid()
 _pools = None
 _warm_up = None
 _register_at_fork = os.register_at_fork
 # Module and arguments of each registration; `None` where the interpreter itself calls the hooks.
 _hooks = None
+# Whether a fork is one that an import or a warm-up makes: hooks are run then as ever.
+_forks_itself = False
 # Files of the Function's author; errors are shown with their line in these, if they have one.
 _own = "<warmUp>"
 
 
 def become_zygote(path, accepts_threads):
-    global _hooks
+    global _hooks, _forks_itself
     if not accepts_threads:
         _hooks = []
+        _forks_itself = True
+        _register_at_fork(
+            before=lambda: _run_kept("before"),
+            after_in_parent=lambda: _run_kept("after_in_parent"),
+            after_in_child=lambda: _run_kept("after_in_child"),
+        )
         os.register_at_fork = _keep_hooks
     os.environ.update(SINGLE_THREADED)
     # A leaf's directories are read-only as a rule, and each attempt to write there costs.
@@ -72,14 +83,23 @@ def _keep_hooks(**hooks):
         _hooks.append((sys._getframe(1).f_globals.get("__name__"), hooks))
 
 
+def _run_kept(kind):
+    if _forks_itself:
+        hooks = [kinds.get(kind) for _, kinds in _hooks]
+        _call(hooks[::-1] if kind == "before" else hooks)
+
+
 def after_fork():
-    """In a leaf: the hooks that were kept from the interpreter. From here on it has them, for the leaf's own forks."""
+    """In a leaf: the hooks that were kept from the interpreter. From here on it has them, for the leaf's own forks.
+    Yields whether there were some that may have done anything."""
     global _hooks
     if _hooks is None:
-        return
+        return False
     hooks, _hooks = _hooks, None
     foreign = [kinds for module, kinds in hooks if module not in IDLE_HOOKS]
     if foreign:
+        # As its own hook does, which came first: theirs may draw numbers.
+        sys.modules["random"].seed()
         _call([kinds.get("before") for kinds in reversed(foreign)])
         _call([kinds.get("after_in_child") for kinds in foreign])
     for _, kinds in hooks:
@@ -87,6 +107,7 @@ def after_fork():
     threading = sys.modules.get("threading")
     if threading is not None:
         threading.main_thread()._set_native_id()
+    return bool(foreign)
 
 
 def _call(hooks):
@@ -122,21 +143,52 @@ def watch():
     if sys.version_info < (3, 12) or _hooks is None:
         return {}
     flush()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reader)
-            ran = _watched()
-            with open(writer, "w") as report:
-                report.write(" ".join(map(str, ran)))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as report:
-        ran = set(map(int, report.read().split()))
-    os.waitpid(child, 0)
+    try:
+        ran = _what_runs()
+    except Exception as error:
+        # It is a matter of speed only.
+        print("sock: what a leaf runs is not known: " + explain(error)[0], file=sys.stderr)
+        return {}
     return {id(code): code for code in _all_code() if id(code) in ran}
+
+
+# A warm-up may take longer, and is not waited for.
+_WATCHED_WITHIN = 30
+
+
+def _what_runs():
+    global _forks_itself
+    import select
+    import signal
+
+    with open(os.memfd_create("sock-ran"), "w+") as report:
+        # The child is as a leaf, so it does itself what a leaf does after a fork.
+        _forks_itself = False
+        try:
+            child = os.fork()
+        finally:
+            _forks_itself = os.getpid() == _ZYGOTE
+        if child == 0:
+            try:
+                report.write(" ".join(map(str, _watched())))
+                report.flush()
+            finally:
+                os._exit(0)
+        ended = os.pidfd_open(child)
+        try:
+            # Not until nobody holds the report: a warm-up may leave a process behind.
+            if not select.select([ended], [], [], _WATCHED_WITHIN)[0]:
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+                raise TimeoutError(f"the warm-up took longer than {_WATCHED_WITHIN} s")
+        finally:
+            os.close(ended)
+            try:
+                os.waitpid(child, 0)
+            except ChildProcessError:
+                # An import has set SIGCHLD to be ignored.
+                pass
+        report.seek(0)
+        return set(map(int, report.read().split()))
 
 
 def _watched():
@@ -235,6 +287,8 @@ def _run_warm_up():
 
 def settle():
     """After the last import: what exists now is shared by all leaves."""
+    global _forks_itself
+    _forks_itself = False
     for _ in range(_OFTEN):
         _rehearse()
     os.environ.clear()
@@ -374,7 +428,8 @@ def generators():
             start = generator.ctypes.state_address
             found.append((start, start + state["key"].nbytes, state["key"].tolist(), state["pos"]))
         return found
-    except (AttributeError, KeyError, ImportError):
+    except Exception:
+        # Packages put other things into these places.
         return None
 
 
@@ -424,7 +479,15 @@ def _import_file(name, path, compiled, keep):
     """Imports a module that is one file in the first directory, which is the usual handler, without the search that an
     import is. `None` if it is anything else, and otherwise the module as it was compiled, or nothing if that
     is not to be kept or was there: in `compiled`."""
-    if not path or "." in name or name in sys.modules:
+    if not path or "." in name or name in sys.modules or sys.path_hooks != _PATH_HOOKS:
+        return None
+    for finder in sys.meta_path:
+        if finder is _PathFinder:
+            break
+        # Also one that a package has put there, to change what is imported.
+        if finder.find_spec(name, None) is not None:
+            return None
+    else:
         return None
     file = f"{path[0]}/{name}.py"
     try:
@@ -435,7 +498,8 @@ def _import_file(name, path, compiled, keep):
             return None
         status = os.stat(file)
         # As for the interpreter's own cache.
-        head = f"{sys.hexversion} {status.st_ino} {status.st_size} {status.st_mtime_ns} {file}\n".encode()
+        known = sys.hexversion, sys.flags.optimize, status.st_ino, status.st_size, status.st_mtime_ns, file
+        head = f"{known}\n".encode()
         code, new = None, b""
         if compiled.startswith(head):
             code = marshal.loads(memoryview(compiled)[len(head) :])
