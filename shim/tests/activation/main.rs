@@ -46,6 +46,11 @@ fn an_idle_connection_outlives_its_leaf() {
     });
 }
 
+fn is_stopped(process: Pid) -> bool {
+    let path = format!("/proc/{}/status", process.as_raw_nonzero());
+    std::fs::read_to_string(path).is_ok_and(|status| status.contains("State:\tT"))
+}
+
 /// A client that sends its next request at the moment at which the leaf ends has done nothing wrong.
 #[test]
 fn a_request_that_a_killed_leaf_has_not_read_is_served_by_another() {
@@ -60,6 +65,8 @@ fn a_request_that_a_killed_leaf_has_not_read_is_served_by_another() {
         let leaf = i32::try_from(first.leaf).ok().and_then(Pid::from_raw);
         let leaf = leaf.expect("a process number");
         kill_process(leaf, Signal::STOP).expect("stop");
+        // It runs on until it has seen the signal.
+        pod.until("it has stopped", || is_stopped(leaf)).await;
         pod::send(&mut client, "/hello").await;
         kill_process(leaf, Signal::KILL).expect("kill");
         let second = pod::answer(&mut client).await;
