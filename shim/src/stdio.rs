@@ -60,10 +60,6 @@ pub async fn readers(paths: &Paths) -> Vec<File> {
     let until = Instant::now() + READER_WITHIN;
     let mut kept = Vec::new();
     for path in [&paths.stdout, &paths.stderr] {
-        let is_fifo = |path| std::fs::metadata(path).is_ok_and(|m| m.file_type().is_fifo());
-        if path.is_empty() || !is_fifo(path) {
-            continue;
-        }
         loop {
             let opened = OpenOptions::new()
                 .write(true)
@@ -76,7 +72,7 @@ pub async fn readers(paths: &Paths) -> Vec<File> {
                 }
                 // Nobody reads.
                 Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
-                // Told by whoever opens it next.
+                // There is none, or whoever opens it next tells.
                 Err(_) => break,
             }
             if Instant::now() >= until {

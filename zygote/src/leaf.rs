@@ -4,11 +4,12 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{fcntl_get_seals, fstat};
-use rustix::io::{Errno, pread};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
 
@@ -244,7 +245,7 @@ impl Loading {
         let Received {
             message, mut fds, ..
         } = self.0.channel.receive::<FromLeaf>(1).await?;
-        let read = |file: OwnedFd| keep_compiled.then(|| read_memory_file(&file)).flatten();
+        let read = |file| keep_compiled.then(|| read_memory_file(file)).flatten();
         let compiled = fds.pop().and_then(|file| bounded(|| read(file)));
         match message {
             FromLeaf::Ready { import_micros } => Ok((Leaf(self.0), import_micros, compiled)),
@@ -270,21 +271,13 @@ impl Loading {
 const MOST_COMPILED: u64 = 1 << 20;
 
 /// What is in a memory file (memfd_create(2)). `None` for any other file, of which a tenant decides how long a read takes.
-fn read_memory_file(file: &OwnedFd) -> Option<Vec<u8>> {
-    fcntl_get_seals(file).ok()?;
-    let size = u64::try_from(fstat(file).ok()?.st_size)
+fn read_memory_file(file: OwnedFd) -> Option<Vec<u8>> {
+    fcntl_get_seals(&file).ok()?;
+    let size = u64::try_from(fstat(&file).ok()?.st_size)
         .ok()
         .filter(|size| *size <= MOST_COMPILED)?;
     let mut bytes = vec![0; usize::try_from(size).ok()?];
-    let mut at = 0;
-    while at < bytes.len() {
-        match pread(file, &mut bytes[at..], at as u64) {
-            Ok(0) => return None,
-            Ok(n) => at += n,
-            Err(Errno::INTR) => {}
-            Err(_) => return None,
-        }
-    }
+    File::from(file).read_exact_at(&mut bytes, 0).ok()?;
     Some(bytes)
 }
 

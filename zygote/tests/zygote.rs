@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
 use serde_json::Value;
-use sock_zygote::protocol::{self, FromZygote, ToZygote};
+use sock_zygote::protocol::{self, FromZygote, ToZygote, ZygoteSetup};
 use sock_zygote::{Broker, Error, Event, attach};
 use support::{
     Container, Function, Pool, Running, USER, connection, reply, shim, until, zygote_setup,
@@ -38,9 +38,23 @@ fn image(name: &str, source: &str) -> Container {
     Container::new(&[(&format!("/packages/{name}.py"), source)], &[])
 }
 
-async fn refused(name: &str, source: &str, accepted: bool) -> Result<Pool, (String, String)> {
-    let mut setup = zygote_setup(&["json", name]);
+/// To import these, some of which are of the container.
+fn packaged(imports: &[&str]) -> ZygoteSetup {
+    let mut setup = zygote_setup(imports);
     setup.path = vec!["/packages".into()];
+    setup
+}
+
+/// What a handler answers whose zygote has imported a package of this source.
+async fn answer_beside(setup: &ZygoteSetup, name: &str, source: &str, handler: &str) -> Value {
+    let pool = Pool::start(image(name, source), setup).await.unwrap();
+    let function = Function::new(&pool, handler, &[]);
+    let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+    answer(&leaf).await
+}
+
+async fn refused(name: &str, source: &str, accepted: bool) -> Result<Pool, (String, String)> {
+    let mut setup = packaged(&["json", name]);
     setup.accepted_threads = if accepted { vec![name.into()] } else { vec![] };
     match Pool::start(image(name, source), &setup).await {
         Ok(pool) => Ok(pool),
@@ -258,18 +272,15 @@ def handler(event, context):
     return [first, os.read(read, 1000).decode(), hooked.seen, threading.main_thread().native_id]
 ";
     shim(async {
-        let mut setup = zygote_setup(&["logging", "threading", "hooked"]);
-        setup.path = vec!["/packages".into()];
-        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
-        let function = Function::new(&pool, REPORT, &[]);
-        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
+        let setup = packaged(&["logging", "threading", "hooked"]);
         let expected = serde_json::json!([
             ["refused", "before b", "before a", "child a", "child b"],
             "before b,before a,child a,child b,True",
             ["before b", "before a", "parent a", "parent b"],
             1
         ]);
-        assert_eq!(answer(&leaf).await, expected);
+        let said = answer_beside(&setup, "hooked", HOOKED, REPORT).await;
+        assert_eq!(said, expected);
     });
 }
 
@@ -286,8 +297,7 @@ def handler(event, context):
     return [hooked.drawn[0], random.gauss(0, 1)]
 ";
     shim(async {
-        let mut setup = zygote_setup(&["hooked"]);
-        setup.path = vec!["/packages".into()];
+        let setup = packaged(&["hooked"]);
         let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
         let function = Function::new(&pool, REPORT, &[]);
         let mut drawn = Vec::new();
@@ -330,14 +340,11 @@ def handler(event, context):
     return hooked.said
 ";
     shim(async {
-        let mut setup = zygote_setup(&["hooked"]);
-        setup.path = vec!["/packages".into()];
+        let mut setup = packaged(&["hooked"]);
         setup.warm_up = WARM_UP.into();
-        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
-        let function = Function::new(&pool, REPORT, &[]);
-        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
         let expected = serde_json::json!(["before,child,True", ["before", "parent"]]);
-        assert_eq!(answer(&leaf).await, expected);
+        let said = answer_beside(&setup, "hooked", HOOKED, REPORT).await;
+        assert_eq!(said, expected);
     });
 }
 
@@ -357,8 +364,7 @@ if os.fork() == 0:
     os._exit(0)
 ";
     shim(async {
-        let mut setup = zygote_setup(&["odd"]);
-        setup.path = vec!["/packages".into()];
+        let mut setup = packaged(&["odd"]);
         setup.warm_up = WARM_UP.into();
         let begin = std::time::Instant::now();
         let pool = Pool::start(image("odd", ODD), &setup).await.unwrap();
@@ -383,13 +389,10 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 ";
     shim(async {
-        let mut setup = zygote_setup(&["finder"]);
-        setup.path = vec!["/packages".into()];
-        let pool = Pool::start(image("finder", FINDER), &setup).await.unwrap();
+        let setup = packaged(&["finder"]);
         let source = "def handler(event, context):\n    return ['plain']\n";
-        let function = Function::new(&pool, source, &[]);
-        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
-        assert_eq!(answer(&leaf).await, serde_json::json!(["changed"]));
+        let said = answer_beside(&setup, "finder", FINDER, source).await;
+        assert_eq!(said, serde_json::json!(["changed"]));
     });
 }
 
@@ -402,12 +405,9 @@ def fails():
 os.register_at_fork(after_in_child=fails)
 ";
     shim(async {
-        let mut setup = zygote_setup(&["hooked"]);
-        setup.path = vec!["/packages".into()];
-        let pool = Pool::start(image("hooked", HOOKED), &setup).await.unwrap();
-        let function = Function::new(&pool, NUMBERS, &[]);
-        let leaf = function.leaf(&pool.channel, true, None).await.unwrap();
-        assert_eq!(answer(&leaf).await.as_array().map(Vec::len), Some(3));
+        let setup = packaged(&["hooked"]);
+        let said = answer_beside(&setup, "hooked", HOOKED, NUMBERS).await;
+        assert_eq!(said.as_array().map(Vec::len), Some(3));
     });
 }
 
@@ -545,8 +545,7 @@ def handler(event, context):
             ("/packages/numpy.py", ""),
             ("/packages/threadpoolctl.py", POOLS),
         ];
-        let mut setup = zygote_setup(&["json"]);
-        setup.path = vec!["/packages".into()];
+        let mut setup = packaged(&["json"]);
         setup.warm_up = "import numpy\n".into();
         let pool = Pool::start(Container::new(&files, &[]), &setup)
             .await

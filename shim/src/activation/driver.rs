@@ -362,10 +362,6 @@ impl Driver {
     pub(super) async fn first_leaf(self: &Rc<Self>) -> Result<(), String> {
         let (sender, receiver) = oneshot::channel();
         self.first.replace(Some(sender));
-        self.tell_leaves(&LeafExtras {
-            keep_compiled: true,
-            compiled: Vec::new(),
-        });
         self.input(Input::Wanted);
         receiver
             .await

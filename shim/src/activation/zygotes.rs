@@ -37,7 +37,7 @@ pub enum ForkError {
 pub trait Zygotes {
     /// One that lives, or `None`. Quick while the one found last still lives.
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>>;
-    /// What leaves are told from here on besides.
+    /// What leaves are told from here on besides, where the first was told to send what it compiles.
     ///
     /// # Errors
     /// When it cannot be written to a memory file: what they were told before holds.
@@ -87,8 +87,13 @@ pub(super) struct Told {
 }
 
 impl Told {
+    /// For the first leaf, which is to send what it compiles.
     pub(super) fn new(setup: LeafSetup) -> Result<Told, sock_zygote::Error> {
-        let sealed = RefCell::new(SealedSetup::new(&setup, &LeafExtras::default())?);
+        let extras = LeafExtras {
+            keep_compiled: true,
+            ..LeafExtras::default()
+        };
+        let sealed = RefCell::new(SealedSetup::new(&setup, &extras)?);
         Ok(Told { setup, sealed })
     }
 

@@ -172,7 +172,10 @@ impl Pod {
                 zygote: RefCell::new(None),
                 setup,
                 plain: RefCell::new(None),
-                extras: RefCell::default(),
+                extras: RefCell::new(LeafExtras {
+                    keep_compiled: true,
+                    ..LeafExtras::default()
+                }),
             }));
         }
     }

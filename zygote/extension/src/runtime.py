@@ -85,8 +85,7 @@ def _keep_hooks(**hooks):
 
 def _run_kept(kind):
     if _forks_itself:
-        hooks = [kinds.get(kind) for _, kinds in _hooks]
-        _call(hooks[::-1] if kind == "before" else hooks)
+        _run(_hooks, kind)
 
 
 def after_fork():
@@ -96,12 +95,12 @@ def after_fork():
     if _hooks is None:
         return False
     hooks, _hooks = _hooks, None
-    foreign = [kinds for module, kinds in hooks if module not in IDLE_HOOKS]
+    foreign = [entry for entry in hooks if entry[0] not in IDLE_HOOKS]
     if foreign:
         # As its own hook does, which came first: theirs may draw numbers.
         sys.modules["random"].seed()
-        _call([kinds.get("before") for kinds in reversed(foreign)])
-        _call([kinds.get("after_in_child") for kinds in foreign])
+        _run(foreign, "before")
+        _run(foreign, "after_in_child")
     for _, kinds in hooks:
         _register_at_fork(**kinds)
     threading = sys.modules.get("threading")
@@ -110,11 +109,11 @@ def after_fork():
     return bool(foreign)
 
 
-def _call(hooks):
-    for hook in hooks:
-        if hook is not None:
+def _run(registered, kind):
+    for _, kinds in reversed(registered) if kind == "before" else registered:
+        if kind in kinds:
             try:
-                hook()
+                kinds[kind]()
             except BaseException as error:
                 # As the interpreter does it: the fork goes on.
                 print(explain(error)[1], file=sys.stderr, end="")
@@ -263,14 +262,13 @@ def refresh_arrays(heap):
     if empty is None:
         return
     # NCACHE and NBUCKETS of numpy/_core/src/multiarray/alloc.c, for their elements and for their shapes.
-    kept = [empty((1,) * dimensions) for dimensions in range(1, 8) for _ in range(7)]
+    _kept.extend(empty((1,) * dimensions) for dimensions in range(1, 8) for _ in range(7))
     for size in range(1, 1024):
         for _ in range(7):
             array = empty(size, "u1")
             if array.__array_interface__["data"][0] >= heap:
                 break
-            kept.append(array)
-    _kept.append(kept)
+            _kept.append(array)
 
 
 _kept = []
@@ -292,10 +290,8 @@ def settle():
     for _ in range(_OFTEN):
         _rehearse()
     os.environ.clear()
-    for module, kinds in _hooks or ():
-        if module == "asyncio.events":
-            # An event loop that an import has made is none of a leaf's.
-            _call([kinds.get("after_in_child")])
+    # An event loop that an import has made is none of a leaf's.
+    _run([entry for entry in _hooks or () if entry[0] == "asyncio.events"], "after_in_child")
     import gc
 
     gc.collect()
