@@ -2,7 +2,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use sock_e2e::{MINUTE, Node, Security, get, in_namespace, in_namespace_of, manifest, until};
+use sock_e2e::{
+    MINUTE, Node, Security, get, in_namespace, in_namespace_of, manifest, program, until,
+};
 
 /// Ends with the code in `/tmp/end`, when there is one.
 const UNTIL_TOLD: &str =
@@ -91,8 +93,7 @@ fn a_terminal_shows_what_is_written_to_it() {
             "kubectl -n {} exec -it box -- sh -c 'test -t 1 && echo another'",
             namespace.name
         );
-        let said = std::process::Command::new("script")
-            .args(["-qec", &exec, "/dev/null"])
+        let said = program("script", &["-qec", &exec, "/dev/null"])?
             .stdin(std::process::Stdio::null())
             .output()
             .context("script(1)")?;
