@@ -22,6 +22,33 @@ pub(crate) fn leave(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// Keeps everybody who has no capability on the host from tracing the calling process, which is a copy of its caller, and
+/// from following `/proc/PID/exe` to the caller's binary.
+pub(crate) fn undumpable() {
+    // SAFETY: plain numbers.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+}
+
+/// Gives up supplementary groups.
+pub(crate) fn no_groups() -> Result<()> {
+    set_groups(&[]).step("set groups", "[]")
+}
+
+/// Changes user and group.
+pub(crate) fn change_user(uid: u32, gid: u32) -> Result<()> {
+    // The raw calls: the C library's would try to reach other threads.
+    // SAFETY: plain numbers.
+    unsafe {
+        if libc::syscall(libc::SYS_setresgid, gid, gid, gid) != 0 {
+            return Err(std::io::Error::last_os_error()).step("set group", gid);
+        }
+        if libc::syscall(libc::SYS_setresuid, uid, uid, uid) != 0 {
+            return Err(std::io::Error::last_os_error()).step("set user", uid);
+        }
+    }
+    Ok(())
+}
+
 /// What is computed before the fork: allocation and parsing that the child need not do.
 pub(crate) struct Prepared {
     seccomp: Option<seccomp::Program>,
@@ -204,9 +231,7 @@ fn isolate(
     extra: impl Iterator<Item = RawFd>,
     holder: Option<&OwnedFd>,
 ) -> Result<()> {
-    // Until execve, /proc/PID/exe of this process is the host's binary: nobody inside may follow it.
-    // SAFETY: plain numbers.
-    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+    undumpable();
     let mut keep: Vec<RawFd> = extra.collect();
     keep.push(caller.fd());
     keep.extend(
@@ -461,16 +486,7 @@ fn become_user(process: &Process, filter: Option<&seccomp::Program>) -> Result<(
             return Err(error).step("set groups", format!("{groups:?}"));
         }
     }
-    // The raw calls: the C library's would try to reach other threads.
-    // SAFETY: plain numbers.
-    unsafe {
-        if libc::syscall(libc::SYS_setresgid, user.gid(), user.gid(), user.gid()) != 0 {
-            return Err(std::io::Error::last_os_error()).step("set group", user.gid());
-        }
-        if libc::syscall(libc::SYS_setresuid, user.uid(), user.uid(), user.uid()) != 0 {
-            return Err(std::io::Error::last_os_error()).step("set user", user.uid());
-        }
-    }
+    change_user(user.uid(), user.gid())?;
     let cwd = process.cwd();
     let enter = || rustix::process::chdir(cwd).at("enter working directory", cwd);
     // First as the user; a directory that only root may enter is entered with the capabilities still held.

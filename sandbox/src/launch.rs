@@ -49,13 +49,25 @@ pub struct Stdio {
     pub stderr: Option<OwnedFd>,
 }
 
-/// One user and one group of a new user namespace, the same inside and outside.
+/// Users and one group of a new user namespace, the same inside and outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UserMapping {
     /// User.
     pub uid: u32,
     /// Group.
     pub gid: u32,
+    /// Another user, as whom nobody runs: user namespaces nested in this one will belong to it. Whoever owns a user
+    /// namespace has every capability there (user_namespaces(7)), also without one at home.
+    pub owner: Option<u32>,
+}
+
+/// Namespaces in which others are to be nested.
+#[derive(Debug)]
+pub struct Outer {
+    /// The user namespace, which maps [`UserMapping::owner`] and what is to be mapped in the new one.
+    pub user: OwnedFd,
+    /// The PID namespace, which belongs to it.
+    pub pid: OwnedFd,
 }
 
 /// The first process of a container.
@@ -73,6 +85,8 @@ pub struct Plan<'a> {
     pub extra: Vec<(RawFd, OwnedFd)>,
     /// Mapping of a user namespace that is to be made.
     pub mapping: Option<UserMapping>,
+    /// Where that and a new PID namespace are nested, if not in the caller's.
+    pub outer: Option<Outer>,
     /// Device files of the image are none. For containers whose cgroup does not control which devices may be opened.
     pub nodev_root: bool,
     /// On cgroup version 1: the container's directories, to be shown at the specification's cgroup mount.
@@ -285,11 +299,25 @@ fn pidfd(pid: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1)) })
 }
 
-/// Forks a child that runs `work` and never returns. With `pid_namespace` it is put into that one, by way of a
-/// middle process: joining affects only children (pid_namespaces(7)).
+/// Where a child is born.
+enum Birthplace {
+    Here,
+    /// By way of a middle process: joining affects only children (pid_namespaces(7)).
+    PidNamespace(OwnedFd),
+    /// With namespaces of its own nested in others, by way of two: a PID namespace is nested in the one that its maker was
+    /// born into (`copy_pid_ns`, kernel/pid_namespace.c). `owner` is to own the new user namespace;
+    /// its group has to be mapped in the outer one too.
+    Nested {
+        outer: Outer,
+        owner: u32,
+        group: u32,
+    },
+}
+
+/// Forks a child that runs `work` and never returns.
 fn fork_child(
     namespaces: libc::c_int,
-    pid_namespace: Option<OwnedFd>,
+    birthplace: Birthplace,
     work: impl FnOnce(&Caller) -> Result<std::convert::Infallible>,
 ) -> Result<Launched> {
     let (ours, theirs) = socketpair(
@@ -307,33 +335,65 @@ fn fork_child(
         }
         init::leave(1)
     };
-    let Some(pid_namespace) = pid_namespace else {
-        return match clone(namespaces, false)? {
-            Side::Child => run(caller),
-            Side::Parent(pid) => Ok(Launched {
-                pid,
-                pidfd: pidfd(pid)?,
-                channel: ours,
-            }),
-        };
+    let (outer, pid_namespace) = match birthplace {
+        Birthplace::Here => {
+            return match clone(namespaces, false)? {
+                Side::Child => run(caller),
+                Side::Parent(pid) => Ok(Launched {
+                    pid,
+                    pidfd: pidfd(pid)?,
+                    channel: ours,
+                }),
+            };
+        }
+        Birthplace::PidNamespace(pids) => (None, pids),
+        Birthplace::Nested {
+            outer,
+            owner,
+            group,
+        } => (Some((outer.user, owner, group)), outer.pid),
     };
-    let (pid_reader, pid_writer) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("make", "pipe")?;
+    let (told, tell) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .step("make", "channel")?;
+    // What is said on it comes from a copy of this process, in whatever namespaces that is: numbers are translated.
+    rustix::net::sockopt::set_socket_passcred(&told, true).step("ask for", "credentials")?;
+    let middle = || -> Result<Side> {
+        namespace::join(&pid_namespace, Type::Pid)?;
+        let Some((user, owner, group)) = &outer else {
+            return clone(namespaces, true);
+        };
+        match clone(0, true)? {
+            Side::Parent(pid) => Ok(Side::Parent(pid)),
+            Side::Child => {
+                say_who(&tell)?;
+                init::undumpable();
+                init::no_groups()?;
+                namespace::join(user, Type::User)?;
+                init::change_user(*owner, *group)?;
+                match clone(namespaces, true)? {
+                    Side::Child => Ok(Side::Child),
+                    Side::Parent(_) => init::leave(0),
+                }
+            }
+        }
+    };
     match clone(0, false)? {
         Side::Child => {
-            let middle = || -> Result<i32> {
-                namespace::join(&pid_namespace, Type::Pid)?;
-                match clone(namespaces, true)? {
-                    Side::Child => Ok(0),
-                    Side::Parent(pid) => Ok(pid),
-                }
-            };
+            init::undumpable();
             match middle() {
-                Ok(0) => run(caller),
-                Ok(pid) => {
-                    let _ = rustix::io::write(&pid_writer, &pid.to_ne_bytes());
-                    init::leave(0)
-                }
+                Ok(Side::Child) => match say_who(&tell) {
+                    Ok(()) => {
+                        drop(tell);
+                        run(caller)
+                    }
+                    Err(_) => init::leave(1),
+                },
+                Ok(Side::Parent(_)) => init::leave(0),
                 Err(e) => {
                     caller.failed(&e);
                     init::leave(1)
@@ -341,14 +401,15 @@ fn fork_child(
             }
         }
         Side::Parent(middle) => {
-            drop(pid_writer);
-            drop(caller);
-            let mut bytes = [0u8; 4];
-            let got = rustix::io::retry_on_intr(|| rustix::io::read(&pid_reader, &mut bytes))
-                .step("hear", "middle process");
-            // SAFETY: reaps the middle process, which ends at once.
-            unsafe { libc::waitpid(middle, std::ptr::null_mut(), 0) };
-            if got? != 4 {
+            drop((tell, caller));
+            let reap = |pid| {
+                // SAFETY: reaps a middle process, which ends at once.
+                unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+            };
+            reap(middle);
+            let second = outer.is_some().then(|| hear_who(&told)).flatten();
+            second.into_iter().for_each(reap);
+            let Some(pid) = hear_who(&told) else {
                 let gone = Launched {
                     pid: middle,
                     pidfd: ours.try_clone().step("duplicate", "channel")?,
@@ -358,8 +419,7 @@ fn fork_child(
                     Ok(Progress::Failed(e)) => e,
                     _ => Error::Child("the middle process ended early".into()),
                 });
-            }
-            let pid = i32::from_ne_bytes(bytes);
+            };
             Ok(Launched {
                 pid,
                 pidfd: pidfd(pid)?,
@@ -369,13 +429,42 @@ fn fork_child(
     }
 }
 
+/// The kernel adds the number.
+fn say_who(tell: &OwnedFd) -> Result<()> {
+    rustix::net::send(tell, b"!", SendFlags::NOSIGNAL)
+        .step("tell", "caller")
+        .map(drop)
+}
+
+/// The number of the next process that has said a word, here; `None` when none is left that could.
+fn hear_who(told: &OwnedFd) -> Option<i32> {
+    let mut byte = [0u8; 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let got = rustix::io::retry_on_intr(|| {
+        recvmsg(
+            told,
+            &mut [IoSliceMut::new(&mut byte)],
+            &mut control,
+            RecvFlags::empty(),
+        )
+    });
+    if got.is_ok_and(|got| got.bytes == 0) {
+        return None;
+    }
+    control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmCredentials(c) => Some(c.pid.as_raw_pid()).filter(|pid| *pid > 0),
+        _ => None,
+    })
+}
+
 /// Forks the first process of a container; it waits for [`Launched::proceed`].
 ///
 /// Must be called by a process with one thread: the child allocates.
 ///
 /// # Errors
 /// The specification is wrong, or a namespace cannot be made or joined.
-pub fn launch(plan: Plan<'_>) -> Result<Launched> {
+pub fn launch(mut plan: Plan<'_>) -> Result<Launched> {
     let namespaces = plan
         .spec
         .linux()
@@ -400,11 +489,44 @@ pub fn launch(plan: Plan<'_>) -> Result<Launched> {
             "a new user namespace needs a mapping of one user",
         ));
     }
-    let launched = fork_child(now, pid_namespace, move |caller| {
+    let outer = plan.outer.take();
+    let outer_user = match &outer {
+        Some(outer) => Some(outer.user.try_clone().step("duplicate", "namespace")?),
+        None => None,
+    };
+    let birthplace = match (outer, pid_namespace) {
+        (Some(outer), None) => {
+            let ids = mapping.and_then(|mapping| Some((mapping.owner?, mapping.gid)));
+            let ids = ids.filter(|_| wanted.creates(Type::User) && wanted.creates(Type::Pid));
+            let (owner, group) = ids.ok_or_else(|| {
+                Error::spec(
+                    "linux.namespaces",
+                    "only a new user namespace with an owner and a new PID namespace can be nested",
+                )
+            })?;
+            Birthplace::Nested {
+                outer,
+                owner,
+                group,
+            }
+        }
+        (Some(_), Some(_)) => {
+            return Err(Error::spec(
+                "linux.namespaces",
+                "a PID namespace is either joined or nested",
+            ));
+        }
+        (None, Some(pids)) => Birthplace::PidNamespace(pids),
+        (None, None) => Birthplace::Here,
+    };
+    let launched = fork_child(now, birthplace, move |caller| {
         init::first(plan, wanted, prepared, caller)
     })?;
     if let Some(mapping) = mapping {
-        map_user(launched.pid, mapping)?;
+        match outer_user {
+            None => map_user(launched.pid, mapping)?,
+            Some(outer) => map_nested_user(&outer, launched.pid, mapping)?,
+        }
     }
     set_oom_score(launched.pid, score)?;
     Ok(launched)
@@ -418,7 +540,8 @@ pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
     let prepared = init::Prepared::for_process(plan.process, plan.seccomp)?;
     let pid_namespace = namespace::of_process(plan.target, "pid")?;
     let score = plan.process.oom_score_adj();
-    let launched = fork_child(0, Some(pid_namespace), move |caller| {
+    let birthplace = Birthplace::PidNamespace(pid_namespace);
+    let launched = fork_child(0, birthplace, move |caller| {
         init::further(plan, prepared, caller)
     })?;
     set_oom_score(launched.pid, score)?;
@@ -426,11 +549,36 @@ pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
 }
 
 fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
-    for (file, id) in [("gid_map", mapping.gid), ("uid_map", mapping.uid)] {
+    let owner = mapping.owner.map(|id| format!("{id} {id} 1\n"));
+    let owner = owner.unwrap_or_default();
+    for (file, id, more) in [
+        ("gid_map", mapping.gid, ""),
+        ("uid_map", mapping.uid, &owner),
+    ] {
         let path = format!("/proc/{pid}/{file}");
-        std::fs::write(&path, format!("{id} {id} 1\n")).step("write", path)?;
+        std::fs::write(&path, format!("{id} {id} 1\n{more}")).step("write", path)?;
     }
     Ok(())
+}
+
+/// The same by a process in the outer user namespace: from further out it is refused (`proc_uid_map_write`,
+/// kernel/user_namespace.c).
+fn map_nested_user(outer: &OwnedFd, pid: i32, mapping: UserMapping) -> Result<()> {
+    let helper = fork_child(0, Birthplace::Here, |caller| {
+        init::undumpable();
+        namespace::join(outer, Type::User)?;
+        map_user(pid, mapping)?;
+        caller.created(None)?;
+        init::leave(0)
+    })?;
+    let outcome = helper.wait_progress();
+    // SAFETY: reaps a child that ends at once.
+    unsafe { libc::waitpid(helper.pid, std::ptr::null_mut(), 0) };
+    match outcome? {
+        Progress::Created(_) => Ok(()),
+        Progress::Failed(e) => Err(e),
+        Progress::Started => Err(Error::Child("the user mapping was not written".into())),
+    }
 }
 
 /// How readily the kernel kills the process for want of memory: as the pod says, and not as the shim has it, which is never to

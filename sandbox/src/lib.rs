@@ -20,5 +20,7 @@ pub mod seccomp;
 
 pub use error::{Error, Result};
 pub use holder::{HolderKind, holder_program};
-pub use launch::{ExecPlan, Launched, Plan, Program, Progress, Stdio, UserMapping, exec, launch};
+pub use launch::{
+    ExecPlan, Launched, Outer, Plan, Program, Progress, Stdio, UserMapping, exec, launch,
+};
 pub use rlimit::rlimits;

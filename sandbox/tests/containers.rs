@@ -11,7 +11,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,8 @@ use serde_json::{Value, json};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
 use sock_sandbox::root::{Root, RootMount};
 use sock_sandbox::{
-    ExecPlan, HolderKind, Launched, Plan, Program, Progress, Stdio, UserMapping, exec, launch,
+    ExecPlan, HolderKind, Launched, Outer, Plan, Program, Progress, Stdio, UserMapping, exec,
+    launch,
 };
 
 fn main() {
@@ -61,6 +62,10 @@ fn main() {
         (
             "a_user_namespace_cannot_lift_a_read_only_mount",
             locked_flags,
+        ),
+        (
+            "a_nested_user_namespace_belongs_to_nobody_who_runs",
+            nested_namespaces,
         ),
         ("an_abandoned_child_ends", abandoned),
     ];
@@ -154,6 +159,7 @@ fn plan(spec: &Spec, root: Root, program: Program) -> Plan<'_> {
         stdio: Stdio::default(),
         extra: Vec::new(),
         mapping: None,
+        outer: None,
         nodev_root: false,
         cgroups: Vec::new(),
     }
@@ -658,20 +664,84 @@ fn holder_of_descendants() {
     assert_eq!(wait(child.pid), 0);
 }
 
-fn locked_flags() {
-    let user = 1_234_567;
+const USER: u32 = 1_234_567;
+const OWNER: u32 = 2_000_000_000;
+
+/// A holder of namespaces that belong to a user namespace of their own.
+fn held_namespaces(outer: Option<Outer>) -> Launched {
     let mut held = spec("");
-    held["process"]["user"] = json!({"uid": user, "gid": user});
+    held["process"]["user"] = json!({"uid": USER, "gid": USER});
     held["process"]["capabilities"] = json!({});
     held["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
     let held = parsed(&held);
-    let mut holder_plan = plan(&held, Root::Empty, Program::Holder(HolderKind::Pod));
-    holder_plan.mapping = Some(UserMapping {
-        uid: user,
-        gid: user,
+    let mut plan = plan(&held, Root::Empty, Program::Holder(HolderKind::Pod));
+    plan.mapping = Some(UserMapping {
+        uid: USER,
+        gid: USER,
+        owner: Some(OWNER),
     });
-    let holder = launch(holder_plan).unwrap();
+    plan.outer = outer;
+    let holder = launch(plan).unwrap();
     go(&holder).unwrap();
+    holder
+}
+
+fn nested_namespaces() {
+    let open = |pid: i32, kind: &str| sock_sandbox::namespace::of_process(pid, kind).unwrap();
+    let outermost = held_namespaces(None);
+    let mut all = vec![outermost];
+    for _ in 0..3 {
+        let outer = all.last().unwrap().pid;
+        let nested = held_namespaces(Some(Outer {
+            user: open(outer, "user"),
+            pid: open(outer, "pid"),
+        }));
+        let status = fs::read_to_string(format!("/proc/{}/status", nested.pid)).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            let rest = line.split_whitespace().skip(1);
+            rest.map(str::to_owned).collect::<Vec<_>>()
+        };
+        // One number in each namespace from here inwards, PID 1 in its own.
+        assert_eq!(field("NSpid:").len(), all.len() + 2, "{status}");
+        assert_eq!(field("NSpid:").last().unwrap(), "1");
+        assert_eq!(field("Uid:")[0], USER.to_string());
+        assert_eq!(field("Groups:"), Vec::<String>::new(), "{status}");
+        let user = open(nested.pid, "user");
+        // NS_GET_PARENT and NS_GET_OWNER_UID (ioctl_ns(2)).
+        // SAFETY: the first returns a new descriptor, the second writes a number.
+        let (parent, owner) = unsafe {
+            let parent = libc::ioctl(user.as_raw_fd(), 0xb702);
+            let mut owner: libc::uid_t = 0;
+            assert_eq!(libc::ioctl(user.as_raw_fd(), 0xb704, &raw mut owner), 0);
+            assert!(parent >= 0);
+            (OwnedFd::from_raw_fd(parent), owner)
+        };
+        assert_eq!(owner, OWNER);
+        let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+        assert_eq!(inode(&parent), inode(&open(outer, "user")));
+        all.push(nested);
+    }
+    // The end of the outermost PID namespace is the end of all within.
+    kill(all[0].pid, libc::SIGKILL);
+    // It waits for them to be reaped, and they are children of this process.
+    for holder in all.iter().rev() {
+        assert_eq!(wait(holder.pid), 128 + libc::SIGKILL);
+    }
+    let outer = Outer {
+        user: fs::File::open("/proc/self/ns/user").unwrap().into(),
+        pid: fs::File::open("/proc/self/ns/pid").unwrap().into(),
+    };
+    let spec = parsed(&spec("true"));
+    let mut plan = plan(&spec, Root::Empty, Program::Specified);
+    plan.outer = Some(outer);
+    let error = launch(plan).unwrap_err().to_string();
+    assert!(error.contains("can be nested"), "{error}");
+}
+
+fn locked_flags() {
+    let user = USER;
+    let holder = held_namespaces(None);
 
     let image = Image::new();
     let packages = tempfile::tempdir().unwrap();

@@ -2,20 +2,17 @@
 //! the compiler. Its messages are a tenant's word and are checked.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{fcntl_get_seals, fstat};
-use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use sock_zygote_protocol::{FdRole, FromLeaf, Phase, Received, ToLeaf};
 
 use crate::channel::Channel;
-use crate::error::{Error, Result, errno};
+use crate::error::{Error, Result};
 use crate::patience::bounded;
+use crate::peer::Peer;
 use crate::setup::SealedSetup;
 
 /// The descriptors of a setup. A plain interpreter needs none of them.
@@ -38,8 +35,7 @@ pub struct SetupFds<'a> {
 #[derive(Debug)]
 pub struct Arrived {
     channel: Channel,
-    pid: i32,
-    pidfd: OwnedFd,
+    peer: Peer,
 }
 
 impl Arrived {
@@ -68,21 +64,11 @@ impl Arrived {
                 });
             }
         }
-        let number = hello.credentials.map_or(0, |c| c.pid);
-        let pid = Pid::from_raw(number).ok_or(Error::Impostor {
-            pid: number,
-            problem: "cannot be seen from this process namespace",
-        })?;
-        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
-            // It has ended already, and may have said why.
-            Err(Errno::SRCH) => return Err(farewell(&channel, number).await),
-            other => other.map_err(Error::system("open the leaf's pidfd (pidfd_open)"))?,
-        };
-        Ok(Arrived {
-            channel,
-            pid: number,
-            pidfd,
-        })
+        match Peer::of(hello.credentials)? {
+            Some(peer) => Ok(Arrived { channel, peer }),
+            // It may have said why.
+            None => Err(farewell(&channel, hello.credentials.map_or(0, |c| c.pid)).await),
+        }
     }
 
     /// Hands over everything that makes it a leaf of a Function.
@@ -163,7 +149,7 @@ impl Confining {
         match message {
             FromLeaf::Confined { phases } => {
                 if let Some(cgroup) = cgroup {
-                    self.0.belongs_to(cgroup, oom_score_adj)?;
+                    self.0.peer.belongs_to(cgroup, oom_score_adj)?;
                 }
                 Ok((Loading(self.0), phases, listener))
             }
@@ -184,43 +170,6 @@ impl Confining {
 fn is_listener(fd: &OwnedFd) -> bool {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .is_ok_and(|name| name.as_os_str() == "anon_inode:seccomp notify")
-}
-
-impl Arrived {
-    /// A zygote can name any process that it sees in its credentials, and process numbers come back.
-    /// If the number is in the cgroup while the pidfd's process lives, they are the same process. The
-    /// pidfd of a process that has ended does no harm, whosever it was, and a leaf that lives for one
-    /// request may have answered it by now.
-    fn belongs_to(&self, cgroup: &Path, oom_score_adj: Option<i32>) -> Result<()> {
-        // Opened before it is known whose it is, so that it is that process's and no later one's.
-        let score = oom_score_adj.and_then(|score| {
-            let path = format!("/proc/{}/oom_score_adj", self.pid);
-            Some((File::options().write(true).open(path).ok()?, score))
-        });
-        let path = cgroup.join("cgroup.procs");
-        let members = std::fs::read_to_string(&path)
-            .map_err(|e| Error::path("read the members of", path.clone())(errno(&e)))?;
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let ended = poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now))
-            .map_err(Error::system("look if the leaf lives (poll)"))?;
-        if ended > 0 {
-            return Ok(());
-        }
-        if members.lines().any(|line| line.parse() == Ok(self.pid)) {
-            if let Some((mut file, score)) = score {
-                // It may end now; and without `CAP_SYS_RESOURCE` the value stays.
-                let _ = file.write_all(score.to_string().as_bytes());
-            }
-            return Ok(());
-        }
-        Err(Error::Impostor {
-            pid: self.pid,
-            problem: "is not in the cgroup that was made for it",
-        })
-    }
 }
 
 /// A confined leaf that imports the handler.
@@ -263,7 +212,7 @@ impl Loading {
     /// The leaf's process.
     #[must_use]
     pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.0.pidfd.as_fd()
+        self.0.peer.pidfd()
     }
 }
 
@@ -369,7 +318,7 @@ impl Leaf {
     /// The leaf's process: readable when it has ended, and the only safe way to signal it.
     #[must_use]
     pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.0.pidfd.as_fd()
+        self.0.peer.pidfd()
     }
 }
 

@@ -11,7 +11,8 @@
 //!    [`Confining::confined`] → [`Loading::ready`] → [`Leaf`].
 //! 5. [`inject_sockets`] runs beside each leaf for as long as it lives.
 //!
-//! The shim of a pool uses [`Zygote::configure`] and [`Broker`]. Nothing here starts a process other
+//! The shim of a pool uses [`Zygote::configure`] and [`Broker`]; that of a pool whose PackageSet extends another [`attach`],
+//! [`ZygoteChannel::fork_zygote`] → [`Newborn`] → [`Entering`] → [`Zygote::configure_over`] before. Nothing here starts a process other
 //! than the short-lived one of [`FunctionRoot::prepare`], and nothing knows Kubernetes.
 //!
 //! Whoever calls must be single-threaded where a function says so: `setns(2)` into a mount namespace
@@ -19,16 +20,19 @@
 
 mod broker;
 mod channel;
+mod descend;
 mod error;
 mod inject;
 mod leaf;
 mod patience;
+mod peer;
 mod root;
 mod setup;
 mod zygote;
 
 pub use broker::{Attachment, Broker, attach};
 pub use channel::Channel;
+pub use descend::{Entering, EntryFds, Newborn};
 pub use error::{Error, Result};
 pub use inject::inject_sockets;
 pub use leaf::{Arrived, Confining, Event, Leaf, Loading, SetupFds};

@@ -5,12 +5,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::net::sockopt::set_socket_passcred;
+use serde::de::DeserializeOwned;
 use sock_zygote_protocol::{
-    self as protocol, FromLeaf, FromZygote, ModuleImport, ToZygote, ZygoteSetup,
+    self as protocol, FromZygote, ModuleImport, Received, ToZygote, ZygoteSetup,
 };
 use tokio::sync::Notify;
 
 use crate::channel::Channel;
+use crate::descend::Newborn;
 use crate::error::{Error, Result};
 use crate::leaf::Arrived;
 
@@ -33,7 +35,14 @@ impl Zygote {
     /// # Errors
     /// [`Error::Refused`] with the module at fault; [`Error::Wire`] when it ends before that.
     pub async fn configure(control: OwnedFd, setup: &ZygoteSetup) -> Result<(Zygote, Warm)> {
-        let channel = Channel::new(control, "zygote")?;
+        Zygote::configure_over(Channel::new(control, "zygote")?, setup).await
+    }
+
+    /// The same over the channel of a zygote that was forked from another ([`crate::Entering::entered`]).
+    ///
+    /// # Errors
+    /// As above.
+    pub async fn configure_over(channel: Channel, setup: &ZygoteSetup) -> Result<(Zygote, Warm)> {
         channel.send(&ToZygote::Configure(setup.clone()), &[])?;
         match channel.receive::<FromZygote>(0).await?.message {
             FromZygote::Ready {
@@ -137,39 +146,58 @@ impl ZygoteChannel {
 
     /// `None` if there was a leaf and it ended before it said a word.
     async fn fork_once(&self, fresh: bool) -> Result<Option<(Arrived, Option<ForkOrigin>)>> {
+        let request = |ticket| ToZygote::Fork { ticket, fresh };
+        match self.ask("leaf", request).await? {
+            Some((control, hello, origin)) => {
+                Ok(Some((Arrived::new(control, hello).await?, origin)))
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Asks for a process that is to become a zygote with more packages, and waits until it exists. It costs no spare.
+    ///
+    /// # Errors
+    /// As of [`ZygoteChannel::fork`]. A zygote of a release that knows no such request drops the channel.
+    pub async fn fork_zygote(&self) -> Result<Newborn> {
+        let request = |ticket| ToZygote::ForkZygote { ticket };
+        match self.ask("zygote", request).await? {
+            Some((control, hello, _)) => Newborn::new(control, hello),
+            None => Err(ended_at_once()),
+        }
+    }
+
+    /// Asks for a child and waits for its first word: its channel, the word, and how it came to be if the zygote has said
+    /// so. `None` if it ended before.
+    async fn ask<M: DeserializeOwned>(
+        &self,
+        peer: &'static str,
+        request: impl FnOnce(u64) -> ToZygote,
+    ) -> Result<Option<(Channel, Received<M>, Option<ForkOrigin>)>> {
         let (ours, theirs) = protocol::pair().map_err(|source| Error::Wire {
             peer: "zygote",
             source,
         })?;
-        // Before the leaf can speak: credentials are added when a packet is sent.
+        // Before the child can speak: credentials are added when a packet is sent.
         set_socket_passcred(&ours, true)
             .map_err(Error::system("ask for credentials (SO_PASSCRED)"))?;
-        let control = Channel::new(ours, "leaf")?;
+        let control = Channel::new(ours, peer)?;
         let ticket = Ticket::open(self);
-        self.channel.send(
-            &ToZygote::Fork {
-                ticket: ticket.number,
-                fresh,
-            },
-            &[theirs.as_fd()],
-        )?;
+        self.channel
+            .send(&request(ticket.number), &[theirs.as_fd()])?;
         drop(theirs);
         let hello = tokio::select! {
             biased;
-            hello = control.receive::<FromLeaf>(0) => hello,
+            hello = control.receive::<M>(0) => hello,
             error = self.failure(ticket.number) => return Err(error),
         };
         match hello {
             Ok(hello) => {
-                let origin = self
-                    .answers()
-                    .open
-                    .get(&ticket.number)
-                    .and_then(|a| a.clone())
-                    .and_then(Result::ok);
-                Ok(Some((Arrived::new(control, hello).await?, origin)))
+                let answers = self.answers();
+                let answer = answers.open.get(&ticket.number).and_then(|a| a.clone());
+                Ok(Some((control, hello, answer.and_then(Result::ok))))
             }
-            // Either the zygote dropped the leaf's end and says why, or there is a leaf no more.
+            // Either the zygote dropped the child's end and says why, or there is a child no more.
             Err(error) if error.is_closed() => self.answer(ticket.number).await.map(|_| None),
             Err(error) => Err(error),
         }
@@ -261,12 +289,14 @@ impl Drop for Ticket<'_> {
     }
 }
 
-fn name(message: &FromZygote) -> &'static str {
+pub(crate) fn name(message: &FromZygote) -> &'static str {
     match message {
         FromZygote::Ready { .. } => "Ready",
         FromZygote::Refused { .. } => "Refused",
         FromZygote::Forked { .. } => "Forked",
         FromZygote::ForkFailed { .. } => "ForkFailed",
+        FromZygote::Hello => "Hello",
+        FromZygote::Entered => "Entered",
     }
 }
 

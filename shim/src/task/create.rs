@@ -156,6 +156,7 @@ async fn build(
         stdio: streams,
         extra,
         mapping: None,
+        outer: None,
         nodev_root: !container.devices_guarded,
         cgroups: future.version_1_directories(),
     })?;

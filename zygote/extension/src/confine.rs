@@ -386,6 +386,19 @@ fn limit(limit: &Rlimit) -> Result<(), Error> {
     .map_err(at("set a resource limit (prlimit)"))
 }
 
+/// In a zygote that has just entered its own user namespace, where it has every capability: it keeps what it takes to make
+/// leaves, and not even a program that it executes could have another.
+pub fn keep_zygote_capabilities() -> Result<(), Error> {
+    let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT | CapabilitySet::SETPCAP;
+    let sets = CapabilitySets {
+        effective: needed,
+        permitted: needed,
+        inheritable: CapabilitySet::empty(),
+    };
+    set_capabilities(None, sets).map_err(at("keep three capabilities (capset)"))?;
+    drop_bounding_set()
+}
+
 /// Empties the bounding set of a zygote, from which its leaves have theirs, and gives up what it takes to
 /// do so: `CAP_SETPCAP`.
 pub fn drop_bounding_set() -> Result<(), Error> {

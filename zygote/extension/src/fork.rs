@@ -68,33 +68,51 @@ impl Forker {
             // SAFETY: the GIL is held; the three calls stand where os.fork() makes them.
             unsafe { PyOS_BeforeFork() };
         }
-        let outcome = self.fork_into_own_pids();
-        match outcome {
+        match self.fork_into_own_pids() {
             Ok(0) => {
-                if !self.threads {
-                    // Whatever a zygote writes to is copied once more for it after each fork, and one byte breaks up a huge
-                    // page: it runs no Python. With a single thread, what has to be done before a fork (locks, hooks) can
-                    // as well be done in the child, which is the same at this point.
-                    // SAFETY: the GIL is held, and no other thread is there to have any lock.
-                    unsafe { PyOS_BeforeFork() };
-                }
-                // SAFETY: as above, in the child.
-                unsafe { PyOS_AfterFork_Child() };
-                match self.keep_only(channel) {
-                    Ok(channel) => Ok(Side::Child(channel)),
-                    Err(error) => {
-                        eprintln!("sock: a leaf ended at once: {error}");
-                        // SAFETY: the child must not go on as a second zygote.
-                        unsafe { libc::_exit(1) }
-                    }
-                }
+                tell_python(self.threads);
+                Ok(Side::Child(self.keep_only_or_end(channel)))
             }
-            other => {
-                if self.threads {
-                    // SAFETY: as above, in the parent, also when there is no child.
-                    unsafe { PyOS_AfterFork_Parent() };
-                }
-                other.map(|_| Side::Parent)
+            other => self.go_on(other),
+        }
+    }
+
+    /// Forks a child that is to become a zygote: in the zygote's own namespaces, and Python does not know of it yet
+    /// ([`tell_python`]).
+    pub fn fork_zygote(
+        &self,
+        py: Python<'_>,
+        runtime: &Runtime,
+        channel: &OwnedFd,
+    ) -> Result<Side, Error> {
+        if self.threads {
+            runtime.flush(py);
+            // SAFETY: as in `fork`.
+            unsafe { PyOS_BeforeFork() };
+        }
+        // SAFETY: libc's own fork, so that its locks and those of pthread_atfork are in order in the child.
+        match unsafe { libc::fork() } {
+            0 => Ok(Side::Child(self.keep_only_or_end(channel))),
+            pid if pid > 0 => self.go_on(Ok(pid)),
+            _ => self.go_on(Err(Error::Refused("fork", last_errno()))),
+        }
+    }
+
+    fn go_on(&self, outcome: Result<libc::pid_t, Error>) -> Result<Side, Error> {
+        if self.threads {
+            // SAFETY: the GIL is held; in the parent, also when there is no child.
+            unsafe { PyOS_AfterFork_Parent() };
+        }
+        outcome.map(|_| Side::Parent)
+    }
+
+    fn keep_only_or_end(&self, channel: &OwnedFd) -> OwnedFd {
+        match self.keep_only(channel) {
+            Ok(channel) => channel,
+            Err(error) => {
+                eprintln!("sock: a child ended at once: {error}");
+                // SAFETY: the child must not go on as a second zygote.
+                unsafe { libc::_exit(1) }
             }
         }
     }
@@ -120,13 +138,10 @@ impl Forker {
     /// Leaves the child with its channel and `/dev/null`: it holds nothing of the zygote, so the
     /// zygote's end is seen by its peers, and nothing of another Function.
     fn keep_only(&self, channel: &OwnedFd) -> Result<OwnedFd, Error> {
+        // The child never uses the objects that own these numbers: it does not return to the zygote's loop, nor does it
+        // drop what it inherited.
         let put = |fd: &OwnedFd, number| {
-            // SAFETY: the child never uses the objects that own these numbers: it does not return to
-            // the zygote's loop, nor does it drop what it inherited.
-            match unsafe { libc::dup2(fd.as_raw_fd(), number) } {
-                -1 => Err(Error::Refused("arrange descriptors (dup2)", last_errno())),
-                _ => Ok(()),
-            }
+            dup_to(fd, number).map_err(|e| Error::Refused("arrange descriptors (dup2)", e))
         };
         // SAFETY: a duplicate above all numbers that are about to be replaced.
         let spare = unsafe { libc::fcntl(channel.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 16) };
@@ -155,6 +170,35 @@ impl Forker {
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         }
         Ok(control)
+    }
+}
+
+/// In the child: what has to be done around a fork, and was not done before if no thread was `accepted`.
+///
+/// Whatever a zygote writes to is copied once more for it after each fork, and one byte breaks up a huge page: it runs no
+/// Python. With a single thread, what has to be done before a fork (locks, hooks) can as well be done in the child, which is
+/// the same at this point.
+pub fn tell_python(accepted: bool) {
+    if !accepted {
+        // SAFETY: the GIL is held, and no other thread is there to have any lock.
+        unsafe { PyOS_BeforeFork() };
+    }
+    // SAFETY: as in `Forker::fork`, in the child.
+    unsafe { PyOS_AfterFork_Child() };
+}
+
+/// Puts descriptors at numbers that no Rust object owns.
+pub fn replace(streams: &[(i32, OwnedFd)]) -> Result<(), Errno> {
+    streams
+        .iter()
+        .try_for_each(|(number, fd)| dup_to(fd, *number))
+}
+
+fn dup_to(fd: &OwnedFd, number: i32) -> Result<(), Errno> {
+    // SAFETY: by the callers, whatever has that number is not used any more.
+    match unsafe { libc::dup2(fd.as_raw_fd(), number) } {
+        -1 => Err(last_errno()),
+        _ => Ok(()),
     }
 }
 

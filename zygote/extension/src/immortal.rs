@@ -56,9 +56,15 @@ pub fn immortalize(py: Python<'_>) -> PyResult<usize> {
     let count = walk.seen.len() - 1;
     for object in walk.seen {
         if object != known.as_ptr() as usize {
+            let count = object as *mut u32;
             // SAFETY: an object that lives; its first four bytes are the low half of the count (little
             // endian), of which no part of this program keeps a copy.
-            unsafe { (object as *mut u32).write(uncounted(version)) };
+            unsafe {
+                // One of the zygote that this one was forked from lies on a page that is shared.
+                if count.read() != uncounted(version) {
+                    count.write(uncounted(version));
+                }
+            }
         }
     }
     Ok(count)

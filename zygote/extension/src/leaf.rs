@@ -274,7 +274,7 @@ fn memory_file(bytes: &[u8]) -> std::io::Result<OwnedFd> {
 }
 
 /// All leaves of a pod have the same open file, so its position is not used.
-fn read(file: &OwnedFd) -> Result<Vec<u8>, Errno> {
+pub fn read(file: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let size = u64::try_from(fstat(file)?.st_size).unwrap_or(u64::MAX);
     if size > MOST_SETUP {
         return Err(Errno::FBIG);

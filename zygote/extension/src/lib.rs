@@ -5,6 +5,7 @@
 
 mod arenas;
 mod confine;
+mod descend;
 mod filter;
 mod fork;
 mod http;
@@ -26,7 +27,8 @@ use rustix::io::{FdFlags, fcntl_setfd};
 /// zygote; leaves exit by themselves.
 #[pyfunction]
 fn run_zygote(py: Python<'_>, fd: RawFd) -> PyResult<()> {
-    zygote::run(py, adopt(fd)?)
+    let runtime = python::Runtime::load(py)?;
+    zygote::live(py, runtime, adopt(fd)?, zygote::Descent::Root)
 }
 
 /// Becomes a leaf without a fork (a plain interpreter), spoken to on descriptor `fd`. Does not return.

@@ -13,13 +13,37 @@ pub const HUGE: usize = 2 << 20;
 /// `MADV_COLLAPSE` (madvise(2)), since Linux 6.1.
 const COLLAPSE: libc::c_int = 25;
 
-/// Asks for huge pages under all private anonymous memory of this process but what is `fresh`. What the kernel does not
-/// give stays as it is.
-pub fn collapse(fresh: Nursery) {
-    let Ok(maps) = read_to_string("/proc/self/maps") else {
-        return;
-    };
-    for (from, to) in maps.lines().filter_map(anonymous) {
+/// Private anonymous memory of this process, by address.
+#[derive(Default)]
+pub struct Memory(Vec<(usize, usize)>);
+
+impl Memory {
+    /// What there is now; nothing if that cannot be read.
+    pub fn now() -> Memory {
+        let maps = read_to_string("/proc/self/maps").unwrap_or_default();
+        Memory(maps.lines().filter_map(anonymous).collect())
+    }
+
+    /// Pieces of a range that are not of this memory. Both are in order of their addresses.
+    fn missing(&self, (from, to): (usize, usize)) -> Vec<(usize, usize)> {
+        let (mut pieces, mut next) = (Vec::new(), from);
+        for &(start, end) in &self.0 {
+            if start < to && from < end {
+                pieces.push((next, start));
+                next = end;
+            }
+        }
+        pieces.push((next, to));
+        pieces.retain(|(from, to)| from < to);
+        pieces
+    }
+}
+
+/// Asks for huge pages under all private anonymous memory of this process but what is `fresh`, and what is of the zygote
+/// that it was forked from: to put that together anew would be to copy it. What the kernel does not give stays as it is.
+pub fn collapse(fresh: Nursery, shared: &Memory) {
+    let own = Memory::now().0;
+    for (from, to) in own.into_iter().flat_map(|range| shared.missing(range)) {
         let ends = [fresh.heap, fresh.arenas].into_iter();
         let to = ends
             .filter(|end| (from..to).contains(end))
@@ -59,7 +83,22 @@ fn anonymous(line: &str) -> Option<(usize, usize)> {
 
 #[cfg(test)]
 mod tests {
-    use super::anonymous;
+    use super::{Memory, anonymous};
+
+    #[test]
+    fn what_is_shared_is_left_out() {
+        let shared = Memory(vec![(10, 20), (30, 40)]);
+        for (range, own) in [
+            ((0, 5), vec![(0, 5)]),
+            ((0, 50), vec![(0, 10), (20, 30), (40, 50)]),
+            ((10, 20), vec![]),
+            ((12, 35), vec![(20, 30)]),
+            ((20, 30), vec![(20, 30)]),
+            ((38, 60), vec![(40, 60)]),
+        ] {
+            assert_eq!(shared.missing(range), own, "{range:?}");
+        }
+    }
 
     #[test]
     fn only_private_anonymous_memory_counts() {

@@ -66,6 +66,15 @@ impl Runtime {
         }
     }
 
+    /// For a child that is to become a zygote itself: what was found of the parent is looked for anew.
+    pub fn renewed(&self, py: Python<'_>) -> Runtime {
+        Runtime {
+            module: self.module.clone_ref(py),
+            generators: OnceCell::new(),
+            is_touched: Cell::new(false),
+        }
+    }
+
     fn function<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
         self.module.bind(py).getattr(name)
     }
@@ -79,6 +88,13 @@ impl Runtime {
         self.function(py, "become_zygote")?
             .call1((PyList::new(py, path)?, accepts_threads))
             .map(drop)
+    }
+
+    /// In a child of a zygote that is to become one. Yields whether hooks are kept still: see `_keep_hooks`.
+    pub fn descend(&self, py: Python<'_>, env: &[(String, String)]) -> PyResult<bool> {
+        let variables = variables(py, env)?;
+        set_environment(env)?;
+        self.function(py, "descend")?.call1((variables,))?.extract()
     }
 
     /// In a leaf, after what the interpreter itself does there.
@@ -153,13 +169,7 @@ impl Runtime {
         cwd: &str,
         handler: &str,
     ) -> PyResult<()> {
-        let variables = PyDict::new(py);
-        for (name, value) in env {
-            variables.set_item(
-                PyBytes::new(py, name.as_bytes()),
-                PyBytes::new(py, value.as_bytes()),
-            )?;
-        }
+        let variables = variables(py, env)?;
         set_environment(env)?;
         self.function(py, "enter")?
             .call1((variables, PyList::new(py, path)?, cwd, handler))
@@ -295,6 +305,18 @@ fn twister((words, position, known, at): (usize, usize, Vec<u32>, u32)) -> Optio
         )
     };
     (found == known && found_at == at).then_some(Twister { words, position })
+}
+
+/// An environment as `os.environ` keeps it.
+fn variables<'py>(py: Python<'py>, env: &[(String, String)]) -> PyResult<Bound<'py, PyDict>> {
+    let variables = PyDict::new(py);
+    for (name, value) in env {
+        variables.set_item(
+            PyBytes::new(py, name.as_bytes()),
+            PyBytes::new(py, value.as_bytes()),
+        )?;
+    }
+    Ok(variables)
 }
 
 unsafe extern "C" {

@@ -49,9 +49,36 @@ _forks_itself = False
 _own = "<warmUp>"
 
 
+def descend(env):
+    """In a process that was forked from a zygote to become one with more packages. Yields whether hooks are kept still."""
+    global _ZYGOTE, _warm_up
+    _ZYGOTE = os.getpid()
+    _warm_up = None
+    known = os.environ._data
+    known.clear()
+    known.update(env)
+    if _hooks is not None:
+        # A leaf hands them to the interpreter after this; here they are kept for leaves to come.
+        foreign = [entry for entry in _hooks if entry[0] not in IDLE_HOOKS]
+        _run(foreign, "before")
+        _run(foreign, "after_in_child")
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading.main_thread()._set_native_id()
+    reseed()
+    return _hooks is not None
+
+
 def become_zygote(path, accepts_threads):
     global _hooks, _forks_itself
-    if not accepts_threads:
+    if _hooks is not None:
+        # It descends from one that has kept them.
+        _forks_itself = not accepts_threads
+        if accepts_threads:
+            hooks, _hooks = _hooks, None
+            for _, kinds in hooks:
+                _register_at_fork(**kinds)
+    elif not accepts_threads:
         _hooks = []
         _forks_itself = True
         _register_at_fork(

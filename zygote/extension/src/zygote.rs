@@ -21,8 +21,9 @@ use sock_zygote_protocol::{
 use crate::fork::{Error as ForkError, Forker, Side};
 use crate::immortal::immortalize;
 use crate::leaf::{self, Birth};
+use crate::pages::{self, Memory};
 use crate::python::Runtime;
-use crate::{arenas, confine, nursery, pages};
+use crate::{arenas, confine, descend, nursery};
 
 /// A spare is replaced when nothing has been asked for this long: its fork would otherwise take the
 /// processor from the request that has just got the last one.
@@ -36,9 +37,20 @@ const WARM_UP: &str = "warmUp";
 /// Spares beyond this are a mistake in the setup.
 const MOST_SPARES: u32 = 64;
 
+/// Where a zygote comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Descent {
+    /// None: it was started as a program.
+    Root,
+    /// Forked from another.
+    Child {
+        /// Whether the parent has kept hooks of packages from the interpreter, which it does if it has accepted no threads.
+        hooks_are_kept: bool,
+    },
+}
+
 /// Runs until the pool's shim closes `control`.
-pub fn run(py: Python<'_>, control: OwnedFd) -> PyResult<()> {
-    let runtime = Runtime::load(py)?;
+pub fn live(py: Python<'_>, runtime: Runtime, control: OwnedFd, descent: Descent) -> PyResult<()> {
     let setup = match protocol::receive::<ToZygote>(&control) {
         Ok(Received {
             message: ToZygote::Configure(setup),
@@ -52,7 +64,13 @@ pub fn run(py: Python<'_>, control: OwnedFd) -> PyResult<()> {
         Err(error) => return Err(PyRuntimeError::new_err(error.to_string())),
     };
     let spares = setup.spares.min(MOST_SPARES) as usize;
-    let ready = match warm(py, &runtime, &setup) {
+    // What an ancestor has accepted is there still, and cannot be taken back from the interpreter.
+    let threads = !setup.accepted_threads.is_empty()
+        || descent
+            == Descent::Child {
+                hooks_are_kept: false,
+            };
+    let ready = match warm(py, &runtime, &setup, descent, threads) {
         Ok(ready) => ready,
         Err(Refusal { module, message }) => {
             let text = if module.is_empty() {
@@ -70,8 +88,10 @@ pub fn run(py: Python<'_>, control: OwnedFd) -> PyResult<()> {
     // SAFETY: sets the action of a signal; SIG_IGN runs no code.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     // Here and not in each leaf: it takes a system call for every capability that there is.
-    confine::drop_bounding_set().map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
-    let forker = Forker::new(!setup.accepted_threads.is_empty())
+    if descent == Descent::Root {
+        confine::drop_bounding_set().map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
+    }
+    let forker = Forker::new(threads)
         .map_err(|e| PyRuntimeError::new_err(format!("prepare to fork: {e}")))?;
     protocol::send(&control, &ready, &[]).map_err(|e| PyRuntimeError::new_err(e.to_string()))?;
     Zygote {
@@ -91,7 +111,17 @@ struct Refusal {
 }
 
 /// Imports everything; yields `Ready`.
-fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZygote, Refusal> {
+fn warm(
+    py: Python<'_>,
+    runtime: &Runtime,
+    setup: &ZygoteSetup,
+    descent: Descent,
+    accepts_threads: bool,
+) -> Result<FromZygote, Refusal> {
+    let shared = match descent {
+        Descent::Root => Memory::default(),
+        Descent::Child { .. } => Memory::now(),
+    };
     let refuse = |module: &str, error: &PyErr| {
         let explained = runtime.explain(py, error);
         eprintln!("{}", explained.traceback.trim_end());
@@ -101,7 +131,7 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
         }
     };
     runtime
-        .become_zygote(py, &setup.path, !setup.accepted_threads.is_empty())
+        .become_zygote(py, &setup.path, accepts_threads)
         .map_err(|e| refuse("", &e))?;
     arenas::gather();
     let start = Instant::now();
@@ -149,7 +179,7 @@ fn warm(py: Python<'_>, runtime: &Runtime, setup: &ZygoteSetup) -> Result<FromZy
     runtime.flush(py);
     runtime.freeze(py).map_err(|e| refuse("", &e))?;
     nursery::begin(py);
-    pages::collapse(fresh);
+    pages::collapse(fresh, &shared);
     eprintln!("sock: {immortal} objects are not counted any more");
     Ok(FromZygote::Ready {
         import_micros: micros(start),
@@ -311,22 +341,31 @@ impl Zygote {
     /// A message of a Function's shim. `false` when the channel is to be dropped.
     fn request(&mut self, py: Python<'_>, index: usize) -> PyResult<bool> {
         let start = Instant::now();
-        let (ticket, fresh, mut fds) = match protocol::receive::<ToZygote>(&self.channels[index]) {
+        let (ticket, wanted, mut fds) = match protocol::receive::<ToZygote>(&self.channels[index]) {
             Ok(Received {
                 message: ToZygote::Fork { ticket, fresh },
                 fds,
                 ..
-            }) => (ticket, fresh, fds),
+            }) => (ticket, Wanted::Leaf { fresh }, fds),
+            Ok(Received {
+                message: ToZygote::ForkZygote { ticket },
+                fds,
+                ..
+            }) => (ticket, Wanted::Zygote, fds),
             Err(error) if error.would_block() => return Ok(true),
             Ok(_) | Err(_) => return Ok(false),
         };
-        let (Some(leaf), true) = (fds.pop(), fds.is_empty()) else {
+        let (Some(child), true) = (fds.pop(), fds.is_empty()) else {
             return Ok(false);
         };
-        if !is_channel(&leaf) {
+        if !is_channel(&child) {
             return Ok(false);
         }
-        let answer = match self.leaf(py, &leaf, fresh) {
+        let forked = match wanted {
+            Wanted::Leaf { fresh } => self.leaf(py, &child, fresh),
+            Wanted::Zygote => self.zygote(py, &child).map(|()| false),
+        };
+        let answer = match forked {
             Ok(spare) => FromZygote::Forked {
                 ticket,
                 spare,
@@ -357,6 +396,13 @@ impl Zygote {
         }
     }
 
+    fn zygote(&self, py: Python<'_>, channel: &OwnedFd) -> Result<(), ForkError> {
+        match self.forker.fork_zygote(py, &self.runtime, channel)? {
+            Side::Parent => Ok(()),
+            Side::Child(control) => descend::run(py, &self.runtime, control, self.forker.threads),
+        }
+    }
+
     fn add_spare(&mut self, py: Python<'_>) -> Result<(), ForkError> {
         let (ours, theirs) = protocol::pair()
             .map_err(|_| ForkError::Refused("make a channel (socketpair)", Errno::MFILE))?;
@@ -368,6 +414,13 @@ impl Zygote {
             Side::Child(assignment) => leaf::run(py, &self.runtime, assignment, Birth::Spare),
         }
     }
+}
+
+/// What is asked for.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Leaf { fresh: bool },
+    Zygote,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

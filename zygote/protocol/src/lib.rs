@@ -12,6 +12,6 @@ mod wire;
 
 pub use message::{
     Attached, FdRole, FromLeaf, FromZygote, LeafExtras, LeafSetup, ModuleImport, Phase, Rlimit,
-    ToLeaf, ToZygote, ZygoteSetup,
+    ToLeaf, ToZygote, ZygoteEntry, ZygoteFd, ZygoteSetup,
 };
 pub use wire::{Credentials, Error, MAX_FDS, MAX_MESSAGE, Received, pair, receive, send};

@@ -18,6 +18,52 @@ pub enum ToZygote {
         /// Fork now even if a spare is there.
         fresh: bool,
     },
+    /// One descriptor: the child's end of its control channel. The child is to become a zygote with more packages. Answered
+    /// as `Fork` is; the child itself says [`FromZygote::Hello`] and waits for `Enter`.
+    ForkZygote {
+        /// As in `Fork`.
+        ticket: u64,
+    },
+    /// To such a child: the descriptors are named by `fds`, in order; the first is always a sealed memory file with the
+    /// postcard form of [`ZygoteEntry`]. Answered by [`FromZygote::Entered`]; `Configure` follows.
+    Enter {
+        /// What each descriptor of this message is.
+        fds: Vec<ZygoteFd>,
+    },
+}
+
+/// What a descriptor of [`ToZygote::Enter`] is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ZygoteFd {
+    /// Sealed memory file with a [`ZygoteEntry`].
+    Entry,
+    /// PID namespace, nested in the parent's, in which the zygote is born.
+    Pid,
+    /// User namespace, nested in the parent's. Owns all that follow.
+    User,
+    /// Mount namespace with the root of its container.
+    Mount,
+    /// Network namespace.
+    Network,
+    /// IPC namespace.
+    Ipc,
+    /// UTS namespace.
+    Uts,
+    /// Cgroup namespace.
+    CgroupNamespace,
+    /// See [`FdRole::Cgroup`].
+    Cgroup,
+    /// Becomes descriptor 1.
+    Stdout,
+    /// Becomes descriptor 2.
+    Stderr,
+}
+
+/// What a zygote that was forked from another must know of its container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ZygoteEntry {
+    /// The whole environment, `(name, value)`.
+    pub env: Vec<(String, String)>,
 }
 
 /// What a zygote is to become.
@@ -68,6 +114,12 @@ pub enum FromZygote {
         /// One line for a person.
         message: String,
     },
+    /// From a child that is to become a zygote: it exists, and is in its parent's namespaces still. The kernel adds its
+    /// credentials (`SO_PASSCRED`).
+    Hello,
+    /// It is in its container and waits for `Configure`; it is another process than the one that said `Hello`. The kernel
+    /// adds its credentials.
+    Entered,
 }
 
 /// One import of a zygote.

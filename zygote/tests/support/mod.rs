@@ -28,14 +28,18 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
-use sock_zygote::protocol::{self, LeafExtras, LeafSetup, Phase, ZygoteSetup};
+use sock_zygote::protocol::{
+    self, LeafExtras, LeafSetup, Phase, ZygoteEntry, ZygoteFd, ZygoteSetup,
+};
 use sock_zygote::{
-    Arrived, Confining, Error, Event, ForkOrigin, FunctionRoot, Leaf, SealedSetup, SetupFds, Warm,
-    Zygote, ZygoteChannel, inject_sockets,
+    Arrived, Confining, EntryFds, Error, Event, ForkOrigin, FunctionRoot, Leaf, SealedSetup,
+    SetupFds, Warm, Zygote, ZygoteChannel, inject_sockets,
 };
 
 /// The only user of a zygote's user namespace.
 pub const USER: u32 = 1_234_567_890;
+/// Owns user namespaces that are nested in it.
+pub const OWNER: u32 = 2_000_000_000;
 
 /// Where `make extension` puts what a node gets at `/opt/sock`.
 pub fn payload() -> PathBuf {
@@ -200,8 +204,9 @@ impl ZygoteProcess {
         let mut word = [0u8; 4];
         pipe.read_exact(&mut word)
             .unwrap_or_else(|_| panic!("the namespaces of a zygote could not be made"));
-        for map in ["uid_map", "gid_map"] {
-            fs::write(format!("/proc/{guard}/{map}"), format!("{USER} {USER} 1")).unwrap();
+        let users = format!("{USER} {USER} 1\n{OWNER} {OWNER} 1\n");
+        for (map, ids) in [("uid_map", users), ("gid_map", format!("{USER} {USER} 1"))] {
+            fs::write(format!("/proc/{guard}/{map}"), ids).unwrap();
         }
         let user_namespace = File::open(format!("/proc/{guard}/ns/user")).unwrap().into();
         File::from(go).write_all(b"!").unwrap();
@@ -506,6 +511,202 @@ impl Pool {
     }
 }
 
+/// Namespaces nested in those of a zygote, with the root of a container.
+pub struct Nested {
+    guard: libc::pid_t,
+    namespaces: Vec<(ZygoteFd, OwnedFd)>,
+}
+
+impl Nested {
+    /// `user` and `pids` are those of the outer zygote.
+    pub fn new(user: BorrowedFd<'_>, pids: BorrowedFd<'_>, container: &Container) -> Nested {
+        let (told, tell) = rustix::pipe::pipe().unwrap();
+        let fds = [
+            container.mounts.as_raw_fd(),
+            user.as_raw_fd(),
+            pids.as_raw_fd(),
+            tell.as_raw_fd(),
+        ];
+        // SAFETY: the child only makes system calls on memory that was set up before.
+        let guard = unsafe { libc::fork() };
+        if guard == 0 {
+            nest(fds);
+        }
+        assert!(guard > 0, "fork");
+        drop(tell);
+        let mut word = [0u8; 1];
+        File::from(told)
+            .read_exact(&mut word)
+            .unwrap_or_else(|_| panic!("nested namespaces could not be made"));
+        let maker = children(guard)[0];
+        let holder = children(maker)[0];
+        let open = |kind| {
+            File::open(format!("/proc/{holder}/ns/{kind}"))
+                .unwrap()
+                .into()
+        };
+        let namespaces = [
+            (ZygoteFd::Pid, "pid"),
+            (ZygoteFd::User, "user"),
+            (ZygoteFd::Mount, "mnt"),
+            (ZygoteFd::Network, "net"),
+            (ZygoteFd::Ipc, "ipc"),
+            (ZygoteFd::Uts, "uts"),
+        ]
+        .map(|(kind, name)| (kind, open(name)));
+        Nested {
+            guard,
+            namespaces: namespaces.into(),
+        }
+    }
+
+    pub fn user(&self) -> BorrowedFd<'_> {
+        self.namespaces[1].1.as_fd()
+    }
+}
+
+impl Drop for Nested {
+    fn drop(&mut self) {
+        let maker = children(self.guard);
+        let holder = maker.iter().flat_map(|maker| children(*maker));
+        // SAFETY: takes numbers only; descendants of ours whose parents wait for them.
+        unsafe {
+            for pid in holder {
+                libc::kill(pid, libc::SIGKILL);
+            }
+            libc::waitpid(self.guard, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+/// The guard writes the user mapping, the maker makes the namespaces, the holder is PID 1 in them.
+fn nest([mounts, user, pids, tell]: [RawFd; 4]) -> ! {
+    // SAFETY: system calls on numbers and on memory that lives; the process has one thread.
+    unsafe {
+        let mut to_guard = [0; 2];
+        let mut to_maker = [0; 2];
+        check(libc::pipe(to_guard.as_mut_ptr()), "pipe");
+        check(libc::pipe(to_maker.as_mut_ptr()), "pipe");
+        check(libc::syscall(libc::SYS_setgroups, 0, 0) as i32, "setgroups");
+        check(libc::setns(mounts, libc::CLONE_NEWNS), "setns mounts");
+        check(libc::setns(pids, libc::CLONE_NEWPID), "setns pids");
+        let maker = libc::fork();
+        check(maker, "fork");
+        let mut word = [0u8; 1];
+        if maker > 0 {
+            libc::read(to_guard[0], word.as_mut_ptr().cast(), 1);
+            check(libc::setns(user, libc::CLONE_NEWUSER), "setns user");
+            let users = format!("{USER} {USER} 1\n{OWNER} {OWNER} 1\n");
+            for (map, ids) in [("uid_map", users), ("gid_map", format!("{USER} {USER} 1"))] {
+                check(
+                    fs::write(format!("/proc/{maker}/{map}"), ids).map_or(-1, |()| 0),
+                    map,
+                );
+            }
+            libc::write(to_maker[1], word.as_ptr().cast(), 1);
+            close_from(3);
+            libc::waitpid(maker, std::ptr::null_mut(), 0);
+            libc::_exit(0);
+        }
+        check(libc::setns(user, libc::CLONE_NEWUSER), "setns user");
+        for (call, id) in [(libc::SYS_setresgid, USER), (libc::SYS_setresuid, OWNER)] {
+            check(libc::syscall(call, id, id, id) as i32, "owner");
+        }
+        let kinds = libc::CLONE_NEWUSER
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWNS
+            | libc::CLONE_NEWNET
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUTS;
+        check(libc::unshare(kinds), "unshare");
+        libc::write(to_guard[1], word.as_ptr().cast(), 1);
+        libc::read(to_maker[0], word.as_mut_ptr().cast(), 1);
+        check(
+            libc::syscall(libc::SYS_setresuid, USER, USER, USER) as i32,
+            "setresuid",
+        );
+        let holder = libc::fork();
+        check(holder, "fork");
+        if holder > 0 {
+            close_from(3);
+            libc::waitpid(holder, std::ptr::null_mut(), 0);
+            libc::_exit(0);
+        }
+        let proc = c"proc".as_ptr();
+        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        check(
+            libc::mount(proc, c"/proc".as_ptr(), proc, flags, std::ptr::null()),
+            "mount /proc",
+        );
+        libc::write(tell, word.as_ptr().cast(), 1);
+        close_from(0);
+        loop {
+            if libc::waitpid(-1, std::ptr::null_mut(), 0) < 0 {
+                libc::usleep(10_000);
+            }
+        }
+    }
+}
+
+/// A zygote that was forked from another.
+pub struct Child {
+    pub zygote: Zygote,
+    pub warm: Warm,
+    pub channel: ZygoteChannel,
+    pub pidfd: OwnedFd,
+    pub cgroup: Cgroup,
+    pub nested: Nested,
+    pub image: Container,
+}
+
+impl Child {
+    /// From one that is asked on `channel`, and whose user namespace is `user`.
+    pub async fn of(
+        channel: &ZygoteChannel,
+        user: BorrowedFd<'_>,
+        image: Container,
+        setup: &ZygoteSetup,
+    ) -> Result<Child, Error> {
+        let newborn = channel.fork_zygote().await?;
+        let (user, pids) = newborn.namespaces(user)?;
+        let nested = Nested::new(user.as_fd(), pids.as_fd(), &image);
+        let cgroup = Cgroup::new();
+        let entry = SealedSetup::of_zygote(&ZygoteEntry {
+            env: vec![("LANG".into(), "C.UTF-8".into())],
+        })?;
+        let procs = cgroup.procs();
+        let stderr = std::io::stderr();
+        let fds = EntryFds {
+            namespaces: nested
+                .namespaces
+                .iter()
+                .map(|(kind, fd)| (*kind, fd.as_fd()))
+                .collect(),
+            cgroups: vec![procs.as_fd()],
+            stdout: stderr.as_fd(),
+            stderr: stderr.as_fd(),
+        };
+        let entering = newborn.enter(&entry, &fds)?;
+        let (control, pidfd) = entering.entered(&cgroup.0, None).await?;
+        let (zygote, warm) = Zygote::configure_over(control, setup).await?;
+        let channel = ZygoteChannel::new(zygote.attach()?)?;
+        Ok(Child {
+            zygote,
+            warm,
+            channel,
+            pidfd,
+            cgroup,
+            nested,
+            image,
+        })
+    }
+
+    pub fn function(&self, source: &str) -> Function {
+        let container = Container::new(&[("/srv/function/app.py", source)], &[]);
+        Function::of_zygote(self.nested.user(), container)
+    }
+}
+
 /// A Function pod.
 pub struct Function {
     pub container: Container,
@@ -591,11 +792,12 @@ impl Function {
     }
 
     pub fn in_container(pool: &Pool, container: Container) -> Function {
-        let root = FunctionRoot::prepare(
-            container.mounts.as_fd(),
-            pool.process.user_namespace.as_fd(),
-        )
-        .unwrap();
+        Function::of_zygote(pool.process.user_namespace.as_fd(), container)
+    }
+
+    /// For leaves of the zygote that this user namespace is of.
+    pub fn of_zygote(user_namespace: BorrowedFd<'_>, container: Container) -> Function {
+        let root = FunctionRoot::prepare(container.mounts.as_fd(), user_namespace).unwrap();
         let network = fs::read_link("/proc/thread-self/ns/net")
             .unwrap()
             .display()
