@@ -7,16 +7,13 @@
 mod fields;
 mod function;
 mod package_set;
-mod requirements;
 
 pub use fields::{Condition, Resources};
 pub use function::{ConfigMapSource, Function, FunctionSpec, FunctionStatus, Idle, Reuse, Source};
 pub use package_set::{
-    ConfigMapKeyRef, Index, NodeFailure, PackageSet, PackageSetSpec, PackageSetStatus,
-    Requirements, SecretRef,
+    Ancestor, ConfigMapKeyRef, Extends, Index, NodeFailure, PackageSet, PackageSetSpec,
+    PackageSetStatus, Requirements, SecretRef,
 };
-
-pub use requirements::{Requirement, RequirementError, requirements};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;

@@ -29,11 +29,14 @@ const REQUIREMENT: &str = r#"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(\[[A-Za-z
     doc = "Python packages that are installed on every node that should serve them, imported, and kept warm",
     validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 50")
         .message(Message::Expression("'metadata.name: ' + self.metadata.name + ' must begin with a letter, consist of a-z, 0-9 and -, and have at most 50 characters'".into())),
+    validation = Rule::new("!has(self.spec.extends) || self.spec.extends.name != self.metadata.name")
+        .message(Message::Expression("'extends.name: ' + self.metadata.name + ' is this PackageSet: name another one'".into())),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
     printcolumn(name = "Nodes", type_ = "integer", json_path = ".status.readyNodes"),
     printcolumn(name = "Wanted", type_ = "integer", json_path = ".status.desiredNodes"),
     printcolumn(name = "Import ms", type_ = "integer", json_path = ".status.importMillis"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason"),
+    printcolumn(name = "Extends", type_ = "string", json_path = ".spec.extends.name", priority = 1),
     printcolumn(name = "Image", type_ = "string", json_path = ".spec.image", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
@@ -41,6 +44,10 @@ pub struct PackageSetSpec {
     /// Image with Python 3.10 or later, in which the Functions run.
     #[schemars(length(min = 1, max = 512))]
     pub image: String,
+    /// A PackageSet with the same image whose packages are all among these, in the same versions: the zygote is forked from
+    /// that one's, shares its memory, and imports what is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extends: Option<Extends>,
     /// Packages to install beside those of the image; none if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requirements: Option<Requirements>,
@@ -89,6 +96,15 @@ fn accepted_threads(_: &mut SchemaGenerator) -> Schema {
         "Modules whose threads are accepted in the zygote, though a fork leaves them behind.",
         64,
     )
+}
+
+/// A PackageSet of the same namespace.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Extends {
+    /// Its name.
+    #[schemars(length(min = 1, max = 50))]
+    pub name: String,
 }
 
 /// Packages, each pinned to a version and to the hashes of its files.
@@ -173,7 +189,7 @@ pub struct PackageSetStatus {
     /// The `metadata.generation` that this status speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `Installed`, `RequirementsFound`.
+    /// `Ready`, `Installed`, `RequirementsFound`, and `ParentReady` where it extends another.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,
@@ -198,9 +214,22 @@ pub struct PackageSetStatus {
     /// Image of the version that Functions run on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_image: Option<String>,
+    /// What that version extends, nearest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ready_ancestors: Vec<Ancestor>,
     /// Nodes where it fails, with the line that says why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failures: Vec<NodeFailure>,
+}
+
+/// A version of a PackageSet that another extends, itself or by way of others.
+#[derive(Clone, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ancestor {
+    /// Digest of the version.
+    pub digest: String,
+    /// Its lock (image and requirements).
+    pub lock: String,
 }
 
 /// Why a pod of a resource does not run.

@@ -8,6 +8,9 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::{Resource, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
+use sock_crds::Ancestor;
+use sock_lock::Lock;
+pub use sock_lock::sha256;
 
 /// Who applies the fields that the operator owns.
 pub const FIELD_MANAGER: &str = "sock-operator";
@@ -58,6 +61,8 @@ pub mod annotation {
     pub const SPARES: &str = "sock.dev/spares";
     pub const ACCEPTED_THREADS: &str = "sock.dev/accepted-threads";
     pub const WARM_UP: &str = "sock.dev/warm-up";
+    pub const IMAGE: &str = "sock.dev/image";
+    pub const ANCESTORS: &str = "sock.dev/ancestors";
     pub const STATUS_PORT: &str = "sock.dev/status-port";
     pub const FUNCTION: &str = "sock.dev/function";
     pub const FUNCTION_NAME: &str = "sock.dev/function-name";
@@ -75,44 +80,41 @@ pub mod annotation {
 /// What a pool or a Function runs on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Version {
-    /// SHA-256 of [`Version::lock`], warm-up and imports: what a zygote is.
+    /// SHA-256 of [`Version::lock`], warm-up, imports, and the digest of what it extends: what a zygote is.
     pub digest: String,
-    /// SHA-256 of image and requirements: what is installed.
+    /// Digest of the lock, which is image and requirements: what is installed.
     pub lock: String,
     /// The image.
     pub image: String,
+    /// What it extends, nearest first.
+    pub ancestors: Vec<Ancestor>,
 }
 
 impl Version {
-    /// The version that image, requirements file, imports and warm-up make.
-    pub fn new(image: &str, requirements: &str, imports: &[String], warm_up: &str) -> Self {
-        let lock = sha256(&[image, requirements]);
+    /// The version that a lock, imports, warm-up and ancestors make.
+    pub fn new(lock: &Lock, imports: &[String], warm_up: &str, ancestors: Vec<Ancestor>) -> Self {
+        let image = lock.image.clone();
+        let lock = lock.digest();
         let mut parts = vec![lock.as_str(), warm_up];
         parts.extend(imports.iter().map(String::as_str));
-        let digest = sha256(&parts);
+        let alone = sha256(&parts);
+        let digest = match ancestors.first() {
+            Some(parent) => sha256(&[&alone, &parent.digest]),
+            None => alone,
+        };
         Self {
             digest,
             lock,
-            image: image.to_owned(),
+            image,
+            ancestors,
         }
     }
-}
 
-/// SHA-256 of texts in hexadecimal digits, with their lengths, so that no two lists of texts are confounded.
-pub fn sha256<T: AsRef<[u8]>>(texts: &[T]) -> String {
-    use std::fmt::Write as _;
-
-    let mut hash = Sha256::new();
-    for text in texts {
-        hash.update((text.as_ref().len() as u64).to_be_bytes());
-        hash.update(text);
+    /// [`Version::ancestors`] as an annotation; none without any.
+    pub fn ancestors_annotation(&self) -> Option<(String, String)> {
+        let text = serde_json::to_string(&self.ancestors).ok()?;
+        (!self.ancestors.is_empty()).then(|| (annotation::ANCESTORS.to_owned(), text))
     }
-    let mut hex = String::with_capacity(64);
-    for byte in hash.finalize() {
-        // Writing into a String cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-    }
-    hex
 }
 
 /// The first digits of a digest, for names.
@@ -206,16 +208,32 @@ mod tests {
                 .map(|&name| name.to_owned())
                 .collect::<Vec<_>>()
         };
-        let base = Version::new("python:3.11", "six==1.0\n", &imports(&["six"]), "");
-        let image = Version::new("python:3.12", "six==1.0\n", &imports(&["six"]), "");
-        let requirements = Version::new("python:3.11", "six==1.1\n", &imports(&["six"]), "");
-        let imported = Version::new("python:3.11", "six==1.0\n", &imports(&["six", "json"]), "");
-        let warmed = Version::new(
-            "python:3.11",
-            "six==1.0\n",
-            &imports(&["six"]),
-            "import six",
-        );
+        let version = |image: &str, requirements: &str, names: &[&str], warm_up: &str| {
+            let lock = Lock {
+                image: image.into(),
+                requirements: requirements.into(),
+            };
+            Version::new(&lock, &imports(names), warm_up, Vec::new())
+        };
+        let base = version("python:3.11", "six==1.0\n", &["six"], "");
+        let image = version("python:3.12", "six==1.0\n", &["six"], "");
+        let requirements = version("python:3.11", "six==1.1\n", &["six"], "");
+        let imported = version("python:3.11", "six==1.0\n", &["six", "json"], "");
+        let warmed = version("python:3.11", "six==1.0\n", &["six"], "import six");
+        let lock = Lock {
+            image: "python:3.11".into(),
+            requirements: "six==1.0\n".into(),
+        };
+        let extending = |digest: &str| {
+            let parent = Ancestor {
+                digest: digest.into(),
+                lock: "1b".into(),
+            };
+            Version::new(&lock, &imports(&["six"]), "", vec![parent])
+        };
+        assert_eq!(base.lock, extending("0a").lock);
+        assert_ne!(base.digest, extending("0a").digest);
+        assert_ne!(extending("0b").digest, extending("0a").digest);
         assert_ne!(base.lock, image.lock);
         assert_ne!(base.lock, requirements.lock);
         assert_eq!(base.lock, imported.lock);
@@ -225,11 +243,6 @@ mod tests {
         assert!(
             base.digest.len() == 64 && base.digest.bytes().all(|byte| byte.is_ascii_hexdigit())
         );
-    }
-
-    #[test]
-    fn texts_that_only_look_alike_have_different_digests() {
-        assert_ne!(sha256(&["ab", "c"]), sha256(&["a", "bc"]));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod crash;
 pub mod devices;
 pub mod events;
 pub mod home;
+pub mod locks;
 pub mod log;
 pub mod pod;
 pub mod process;

@@ -52,6 +52,8 @@ pub struct Process {
     /// What an exec is to run.
     pub spec: RefCell<Option<oci_spec::runtime::Process>>,
     exit: watch::Sender<Option<Exit>>,
+    /// Said in place of its own status.
+    ends_as: Cell<Option<u32>>,
 }
 
 impl Process {
@@ -69,6 +71,7 @@ impl Process {
             console: RefCell::default(),
             spec: RefCell::default(),
             exit: watch::Sender::new(None),
+            ends_as: Cell::new(None),
         }
     }
 
@@ -154,6 +157,11 @@ impl Process {
         }
     }
 
+    /// A holder in whose container another process matters: that one's status is told as its own.
+    pub fn end_as(&self, status: u32) {
+        self.ends_as.set(Some(status));
+    }
+
     /// Waits until the kernel says it has ended, and reaps it. Tells nobody: see [`Process::finish`].
     pub async fn reap(&self) -> Exit {
         if let Some(exit) = self.exited() {
@@ -178,7 +186,7 @@ impl Process {
         // From here on its number may be another's.
         self.phase.set(Phase::Stopped);
         Exit {
-            status,
+            status: self.ends_as.get().unwrap_or(status),
             at: SystemTime::now(),
         }
     }

@@ -144,6 +144,7 @@ fn annotations(
     .map(|(key, value)| (key.to_owned(), value))
     .into();
     // Inline code changes the name of its ConfigMap, and so the template.
+    annotations.extend(placement.version.ancestors_annotation());
     if let Code::ConfigMap { digest, .. } = code {
         annotations.insert(annotation::SOURCE.to_owned(), digest.clone());
     }

@@ -151,6 +151,7 @@ fn ready_version(set: &PackageSet) -> Option<Version> {
         digest: status.ready_digest.clone()?,
         lock: status.ready_lock.clone()?,
         image: status.ready_image.clone()?,
+        ancestors: status.ready_ancestors.clone(),
     })
 }
 
@@ -171,6 +172,9 @@ fn last_placement(function: &Function, deployment: &Deployment) -> Option<Placem
             digest: get(annotation::DIGEST)?,
             lock: get(annotation::LOCK)?,
             image: pod.containers.first()?.image.clone()?,
+            ancestors: get(annotation::ANCESTORS)
+                .and_then(|text| serde_json::from_str(&text).ok())
+                .unwrap_or_default(),
         },
         node_selector: pod.node_selector.clone().unwrap_or_default(),
         tolerations: pod.tolerations.clone().unwrap_or_default(),

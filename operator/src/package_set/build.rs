@@ -94,10 +94,13 @@ fn annotations(set: &PackageSet, tenant: &str, wanted: &Wanted) -> BTreeMap<Stri
             annotation::WARM_UP,
             set.spec.warm_up.clone().unwrap_or_default(),
         ),
+        (annotation::IMAGE, wanted.version.image.clone()),
         (annotation::STATUS_PORT, STATUS_PORT.to_string()),
     ]
     .map(|(key, value)| (key.to_owned(), value))
-    .into()
+    .into_iter()
+    .chain(wanted.version.ancestors_annotation())
+    .collect()
 }
 
 /// Where packages come from, for the installer alone: the credentials are in no zygote.

@@ -15,6 +15,10 @@ pub struct Found {
     pub tenant: String,
     /// The ConfigMap with the requirements, if one is named and there.
     pub config_map: Option<ConfigMap>,
+    /// What it extends, nearest first: as far as each is there, at most one more than may be.
+    pub ancestors: Vec<PackageSet>,
+    /// The ConfigMap with the requirements of the nearest.
+    pub parent_config_map: Option<ConfigMap>,
     /// The DaemonSet.
     pub pool: Option<DaemonSet>,
     /// Its pods, those of former versions among them.
@@ -33,6 +37,33 @@ pub fn config_map(spec: &PackageSetSpec) -> Option<&str> {
     )
 }
 
+/// The PackageSet that it extends.
+pub fn parent(spec: &PackageSetSpec) -> Option<&str> {
+    Some(&spec.extends.as_ref()?.name)
+}
+
+/// Most PackageSets that one may extend, directly and by way of others.
+pub const MOST_ANCESTORS: usize = 7;
+
+async fn ancestors(
+    set: &PackageSet,
+    namespace: &str,
+    context: &Context,
+) -> Result<Vec<PackageSet>, Error> {
+    let mut found: Vec<PackageSet> = Vec::new();
+    while found.len() <= MOST_ANCESTORS {
+        let last = found.last().unwrap_or(set);
+        let Some(name) = parent(&last.spec) else {
+            break;
+        };
+        match context.get::<PackageSet>(namespace, name).await? {
+            Some(next) => found.push(next),
+            None => break,
+        }
+    }
+    Ok(found)
+}
+
 /// Fetches it all; none if the namespace is going away.
 pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<Found>, Error> {
     let name = set.name_any();
@@ -46,11 +77,21 @@ pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<F
         Some(name) => context.get(&namespace, name).await?,
         None => None,
     };
+    let ancestors = ancestors(set, &namespace, context).await?;
+    let named = ancestors
+        .first()
+        .and_then(|one| self::config_map(&one.spec));
+    let parent_config_map = match named {
+        Some(name) => context.get(&namespace, name).await?,
+        None => None,
+    };
     let pool = context.get(&namespace, &name).await?;
     let pods = context.list(&namespace, POOL_LABEL, &name).await?;
     Ok(Some(Found {
         tenant,
         config_map,
+        ancestors,
+        parent_config_map,
         pool,
         pods,
     }))

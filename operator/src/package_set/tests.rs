@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::api_server::{NAMESPACE, Server};
+use sock_lock::Lock;
+
 use crate::contract::Version;
 use crate::tests::{LINE, condition, context, requirements_name};
 
@@ -16,7 +18,11 @@ fn server() -> Server {
 }
 
 fn wanted() -> Version {
-    Version::new("python:3.11", &format!("{LINE}\n"), &["six".to_owned()], "")
+    let lock = Lock {
+        image: "python:3.11".into(),
+        requirements: format!("{LINE}\n"),
+    };
+    Version::new(&lock, &["six".to_owned()], "", Vec::new())
 }
 
 /// Reconciles once and returns the PackageSet as it is then.
@@ -65,6 +71,7 @@ async fn what_belongs_to_a_package_set_is_applied() {
             "sock.dev/spares": "1",
             "sock.dev/accepted-threads": "[]",
             "sock.dev/warm-up": "",
+            "sock.dev/image": "python:3.11",
             "sock.dev/status-port": "9464",
         })
     );
@@ -192,4 +199,130 @@ async fn functions_stay_on_the_old_version_until_the_new_one_is_warm_everywhere(
     assert_eq!(set["status"]["readyDigest"], version.digest);
     assert_eq!(set["status"]["readyImage"], "python:3.11");
     assert_eq!(condition(&set, "Ready").1, "Warm");
+}
+
+/// A PackageSet of one line of requirements that extends another.
+fn extending(name: &str, parent: &str, line: &str) -> Value {
+    json!({
+        "apiVersion": "sock.dev/v1alpha1", "kind": "PackageSet",
+        "metadata": { "name": name, "uid": format!("p-{name}") },
+        "spec": {
+            "image": "python:3.11", "requirements": { "lines": [line] }, "extends": { "name": parent },
+        },
+    })
+}
+
+/// Reason and message of `ParentReady` once science extends what there is.
+async fn parent_ready(server: &Server) -> (String, String, String) {
+    condition(&reconciled(server).await, "ParentReady")
+}
+
+#[tokio::test]
+async fn what_cannot_be_extended_is_said_with_what_to_do() {
+    let server = Server::new();
+    server.put(extending("science", "base", LINE));
+    let (holds, reason, message) = parent_ready(&server).await;
+    assert_eq!(
+        (holds.as_str(), reason.as_str()),
+        ("False", "PackageSetMissing")
+    );
+    assert_eq!(
+        message,
+        "spec.extends: PackageSet base does not exist in this namespace: create it"
+    );
+    assert!(server.get("daemonsets", "science").is_none());
+
+    server.put(extending("base", "science", LINE));
+    let (_, reason, message) = parent_ready(&server).await;
+    assert_eq!(reason, "Cycle");
+    assert!(message.contains("base comes back to science"), "{message}");
+
+    for depth in 0..8 {
+        let (name, parent) = match depth {
+            0 => ("base".to_owned(), "base1".to_owned()),
+            _ => (format!("base{depth}"), format!("base{}", depth + 1)),
+        };
+        server.put(extending(&name, &parent, LINE));
+    }
+    assert_eq!(parent_ready(&server).await.1, "TooDeep");
+
+    let base = json!({
+        "apiVersion": "sock.dev/v1alpha1", "kind": "PackageSet",
+        "metadata": { "name": "base", "uid": "p-base" },
+        "spec": { "image": "python:3.11", "requirements": { "lines": [LINE.replace("1.17.0", "1.16.0")] } },
+    });
+    server.put(base.clone());
+    let (_, reason, message) = parent_ready(&server).await;
+    assert_eq!(reason, "WaitingForParent");
+    assert!(message.contains("has not been looked at yet"), "{message}");
+
+    let lock = |base: &Value| Lock {
+        image: "python:3.11".into(),
+        requirements: format!(
+            "{}\n",
+            base["spec"]["requirements"]["lines"][0].as_str().unwrap()
+        ),
+    };
+    let ready = json!({ "readyDigest": "0a", "readyLock": lock(&base).digest(), "readyImage": "python:3.11" });
+    server.edit("packagesets", "base", |base| base["status"] = ready.clone());
+    let (_, reason, message) = parent_ready(&server).await;
+    assert_eq!(reason, "NotContained");
+    assert!(
+        message.contains("its package six==1.16.0 is among the requirements as six==1.17.0"),
+        "{message}"
+    );
+}
+
+#[tokio::test]
+async fn a_package_set_descends_from_the_version_of_its_parent_that_is_ready() {
+    let server = Server::new();
+    server.put(extending("science", "base", LINE));
+    server.put(json!({
+        "apiVersion": "sock.dev/v1alpha1", "kind": "PackageSet",
+        "metadata": { "name": "base", "uid": "p-base" },
+        "spec": { "image": "python:3.11" },
+        "status": {
+            "readyDigest": "0a", "readyLock": "1b", "readyImage": "python:3.11",
+            "readyAncestors": [{ "digest": "2c", "lock": "3d" }],
+        },
+    }));
+    let set = reconciled(&server).await;
+    assert_eq!(condition(&set, "ParentReady").0, "True");
+    let annotations = |server: &Server| {
+        let pool = server.get("daemonsets", "science").unwrap();
+        pool["spec"]["template"]["metadata"]["annotations"].clone()
+    };
+    let first = annotations(&server);
+    let ancestors: Value =
+        serde_json::from_str(first["sock.dev/ancestors"].as_str().unwrap()).unwrap();
+    assert_eq!(
+        ancestors,
+        json!([{ "digest": "0a", "lock": "1b" }, { "digest": "2c", "lock": "3d" }])
+    );
+
+    // Functions learn of them with the version that has them.
+    schedule(&server, 1);
+    let digest = first["sock.dev/digest"].as_str().unwrap().to_owned();
+    let version = Version {
+        digest: digest.clone(),
+        ..wanted()
+    };
+    server.put(pod(&version, "one", Some(0), true));
+    let set = reconciled(&server).await;
+    assert_eq!(set["status"]["readyDigest"], digest);
+    assert_eq!(set["status"]["readyAncestors"], ancestors);
+
+    // A new version of the parent makes a new one of the child; its end does not.
+    server.edit("packagesets", "base", |base| {
+        base["status"]["readyDigest"] = json!("0b")
+    });
+    reconciled(&server).await;
+    let second = annotations(&server);
+    assert_ne!(second["sock.dev/digest"], first["sock.dev/digest"]);
+    assert_eq!(second["sock.dev/lock"], first["sock.dev/lock"]);
+    server.remove("packagesets", "base");
+    let set = reconciled(&server).await;
+    assert_eq!(condition(&set, "ParentReady").1, "PackageSetMissing");
+    assert_eq!(annotations(&server), second);
+    assert_eq!(set["status"]["readyDigest"], digest);
 }

@@ -112,6 +112,7 @@ fn decide(
         ready_digest: before.ready_digest.clone(),
         ready_lock: before.ready_lock.clone(),
         ready_image: before.ready_image.clone(),
+        ready_ancestors: before.ready_ancestors.clone(),
         ..PackageSetStatus::default()
     };
     let desired = desired_nodes(observed.pool.as_ref());
@@ -149,8 +150,14 @@ fn decide(
                 after.ready_digest = Some(digest.clone());
                 after.ready_lock = Some(wanted.version.lock.clone());
                 after.ready_image = Some(wanted.version.image.clone());
+                after.ready_ancestors.clone_from(&wanted.version.ancestors);
             }
-            findings(&counts, &after.failures, observed.failed)
+            let mut findings = findings(&counts, &after.failures, observed.failed);
+            if let Some(parent) = &set.spec.extends {
+                let message = format!("extends PackageSet {}", parent.name);
+                findings.push(Finding::yes("ParentReady", "Ready", message));
+            }
+            findings
         }
     };
     after.conditions = conditions(&findings, &before.conditions, generation, now);

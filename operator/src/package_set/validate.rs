@@ -1,9 +1,12 @@
 //! Decides what a PackageSet asks for, or what it lacks.
 
-use sock_crds::PackageSet;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::ResourceExt;
+use sock_crds::{Ancestor, PackageSet};
+use sock_lock::Lock;
 
-use super::dereference::Found;
-use crate::condition::Finding;
+use super::dereference::{Found, MOST_ANCESTORS};
+use crate::condition::{Finding, find};
 use crate::contract::Version;
 
 /// What is to be kept warm.
@@ -15,22 +18,86 @@ pub struct Wanted {
     pub version: Version,
 }
 
-/// Reads the requirements; the error is the condition that says what to mend.
+/// Reads the requirements and looks at what it extends; the error is the condition that says what to mend.
 pub fn validate(set: &PackageSet, found: &Found) -> Result<Wanted, Finding> {
-    let requirements = requirements(set, found)?;
+    let lock = Lock {
+        image: set.spec.image.clone(),
+        requirements: requirements(set, found.config_map.as_ref())?,
+    };
+    let warm_up = set.spec.warm_up.as_deref().unwrap_or_default();
     let version = Version::new(
-        &set.spec.image,
-        &requirements,
+        &lock,
         &set.spec.imports,
-        set.spec.warm_up.as_deref().unwrap_or_default(),
+        warm_up,
+        ancestors(set, &lock, found)?,
     );
     Ok(Wanted {
-        requirements,
+        requirements: lock.requirements,
         version,
     })
 }
 
-fn requirements(set: &PackageSet, found: &Found) -> Result<String, Finding> {
+/// The versions that the zygote descends from: those that are ready, so that it is made anew only when there is something to
+/// be made from.
+fn ancestors(set: &PackageSet, lock: &Lock, found: &Found) -> Result<Vec<Ancestor>, Finding> {
+    let Some(extends) = &set.spec.extends else {
+        return Ok(Vec::new());
+    };
+    let name = &extends.name;
+    let refused = |reason, problem: String| {
+        let message = format!("spec.extends: {problem}");
+        Err(Finding::no("ParentReady", reason, message))
+    };
+    let Some(parent) = found.ancestors.first() else {
+        let problem = format!("PackageSet {name} does not exist in this namespace: create it");
+        return refused("PackageSetMissing", problem);
+    };
+    let line: Vec<String> = found.ancestors.iter().map(ResourceExt::name_any).collect();
+    if let Some(at) = line.iter().position(|one| *one == set.name_any()) {
+        let problem = format!(
+            "{} comes back to {}: name a PackageSet that does not extend this one",
+            line[..at].join(" extends "),
+            set.name_any()
+        );
+        return refused("Cycle", problem);
+    }
+    if line.len() > MOST_ANCESTORS {
+        let problem = format!(
+            "PackageSet {name} has {MOST_ANCESTORS} ancestors already, which is as many as there may be"
+        );
+        return refused("TooDeep", problem);
+    }
+    let status = parent.status.clone().unwrap_or_default();
+    let (Some(digest), Some(ready)) = (status.ready_digest, status.ready_lock) else {
+        let problem = match find(&status.conditions, "Ready") {
+            Some(ready) => format!("PackageSet {name}: {}", ready.message),
+            None => format!("PackageSet {name} has not been looked at yet"),
+        };
+        return refused("WaitingForParent", problem);
+    };
+    // What a former version of it held is known to the nodes, which look themselves.
+    let theirs = requirements(parent, found.parent_config_map.as_ref());
+    let theirs = theirs.ok().map(|requirements| Lock {
+        image: parent.spec.image.clone(),
+        requirements,
+    });
+    if let Some(theirs) = theirs.filter(|theirs| theirs.digest() == ready)
+        && let Err(error) = lock.holds(&theirs)
+    {
+        let problem = format!(
+            "PackageSet {name} cannot be extended: {error}: give this one the same image, and every package of that one in the same version"
+        );
+        return refused("NotContained", problem);
+    }
+    let nearest = Ancestor {
+        digest,
+        lock: ready,
+    };
+    let further = status.ready_ancestors.into_iter();
+    Ok([nearest].into_iter().chain(further).collect())
+}
+
+fn requirements(set: &PackageSet, config_map: Option<&ConfigMap>) -> Result<String, Finding> {
     let Some(requirements) = &set.spec.requirements else {
         return Ok(String::new());
     };
@@ -42,7 +109,7 @@ fn requirements(set: &PackageSet, found: &Found) -> Result<String, Finding> {
         }
         (None, None) => return Ok(String::new()),
         (None, Some(reference)) => {
-            let Some(config_map) = &found.config_map else {
+            let Some(config_map) = config_map else {
                 return refused(
                     "ConfigMapMissing",
                     format!(
@@ -67,7 +134,7 @@ fn requirements(set: &PackageSet, found: &Found) -> Result<String, Finding> {
             )
         }
     };
-    match sock_crds::requirements(&text) {
+    match sock_lock::requirements(&text) {
         Ok(_) => Ok(text),
         Err(error) => refused("RequirementsInvalid", format!("{place}, {error}")),
     }

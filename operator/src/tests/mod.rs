@@ -17,6 +17,8 @@ use tokio::time::sleep;
 use crate::Error;
 use crate::api_server::{Call, NAMESPACE, Server};
 use crate::cluster::Context;
+use sock_lock::Lock;
+
 use crate::contract::{Version, sha256};
 use crate::metrics::Metrics;
 
@@ -103,7 +105,11 @@ pub fn code_name(function: &str) -> String {
 
 /// The version of [`ready_set`].
 pub fn version() -> Version {
-    Version::new("python:3.11", "", &["json".to_owned()], "")
+    let lock = Lock {
+        image: "python:3.11".into(),
+        requirements: String::new(),
+    };
+    Version::new(&lock, &["json".to_owned()], "", Vec::new())
 }
 
 /// The PackageSet `plain`, which [`function`] runs on, with a status that only the real operator would change.

@@ -96,6 +96,49 @@ impl ZygoteName {
     }
 }
 
+/// A zygote that may stand in for one that is not there: its packages are a part of that one's.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ancestor {
+    /// As in [`ZygoteName`].
+    pub digest: String,
+    /// As in [`ZygoteName`].
+    pub lock: String,
+}
+
+/// Eight zygotes deep is a tree at most.
+const MOST_ANCESTORS: usize = 7;
+
+impl Ancestor {
+    /// What a PackageSet extends, nearest first.
+    ///
+    /// # Errors
+    /// The annotation is there and not of its form.
+    pub fn from_annotations<S: std::hash::BuildHasher>(
+        annotations: &HashMap<String, String, S>,
+    ) -> Result<Vec<Ancestor>, AnnotationError> {
+        const NAME: &str = "ancestors";
+        let Some(text) = annotations.get(&format!("{PREFIX}{NAME}")) else {
+            return Ok(Vec::new());
+        };
+        let remedy = r#"give a JSON list of at most 7 of {"digest": "...", "lock": "..."}, both of the characters 0-9, a-f and hyphen"#;
+        let list: Option<Vec<Ancestor>> = serde_json::from_str(text).ok();
+        list.filter(|list| {
+            list.len() <= MOST_ANCESTORS
+                && list
+                    .iter()
+                    .all(|one| is_hash(&one.digest) && is_hash(&one.lock))
+        })
+        .ok_or_else(|| invalid(NAME, text, remedy))
+    }
+
+    /// Where its pools' brokers listen, below `root` (`/run/sock/pools`).
+    #[must_use]
+    pub fn pools(&self, tenant: &str, root: &Path) -> PathBuf {
+        root.join(tenant).join(&self.digest)
+    }
+}
+
 /// A Function as its pod sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FunctionConfig {
@@ -107,6 +150,8 @@ pub struct FunctionConfig {
     pub handler: String,
     /// The zygote, unless the Function asks for none.
     pub zygote: Option<ZygoteName>,
+    /// Those that stand in for it, nearest first.
+    pub ancestors: Vec<Ancestor>,
     /// TCP port.
     pub port: u16,
     /// Of one request.
@@ -144,6 +189,7 @@ impl FunctionConfig {
             "spares",
             "accepted-threads",
             "warm-up",
+            "image",
             "status-port",
         ] {
             if get(name).is_some() {
@@ -171,6 +217,7 @@ impl FunctionConfig {
                 None => None,
                 Some(_) => Some(ZygoteName::from_annotations(annotations)?),
             },
+            ancestors: Ancestor::from_annotations(annotations)?,
             port: number(
                 "port",
                 get("port"),
@@ -346,6 +393,7 @@ mod tests {
                 name: "predict".into(),
                 handler: "app.handler".into(),
                 zygote: None,
+                ancestors: Vec::new(),
                 port: 8080,
                 timeout: Duration::from_secs(60),
                 reuse: Reuse::Always,
@@ -451,6 +499,32 @@ mod tests {
         "freeze-after-ms",
         "end-after-ms",
     ];
+
+    #[test]
+    fn ancestors_are_few_and_of_the_form_of_digests() {
+        let read = |text: &str| {
+            let annotations = HashMap::from([("sock.dev/ancestors".to_owned(), text.to_owned())]);
+            Ancestor::from_annotations(&annotations)
+        };
+        let one = r#"{"digest": "0a", "lock": "1b"}"#;
+        let list = |n: usize| format!("[{}]", vec![one; n].join(","));
+        assert_eq!(read(&list(7)).expect("seven").len(), 7);
+        assert_eq!(read("[]").expect("none"), []);
+        for wrong in [
+            list(8),
+            one.to_owned(),
+            r#"[{"digest": "../x", "lock": "1b"}]"#.into(),
+            r#"[{"digest": "0a", "lock": ""}]"#.into(),
+            r#"[{"digest": "0a"}]"#.into(),
+            "x".repeat(200_000),
+        ] {
+            let error = read(&wrong).expect_err("wrong").to_string();
+            assert!(
+                error.contains("sock.dev/ancestors") && error.len() < 400,
+                "{error}"
+            );
+        }
+    }
 
     proptest! {
         #[test]

@@ -73,6 +73,18 @@ impl End {
         Self::from_code(Some(code), shortage)
     }
 
+    /// In a shell's form; 255 where the kernel does not say.
+    #[must_use]
+    pub fn status(self) -> u32 {
+        let status = match self {
+            End::Exited(status) => status,
+            End::Killed(signal) => 128 + signal,
+            End::OutOfMemory(_) => 128 + libc::SIGKILL,
+            End::Unknown => 255,
+        };
+        u32::try_from(status).unwrap_or(255)
+    }
+
     /// `code` is in the form of wait(2).
     fn from_code(code: Option<i32>, shortage: Option<Shortage>) -> End {
         match code {
@@ -177,6 +189,9 @@ mod tests {
         assert_eq!(End::from_code(Some(libc::SIGKILL), None), End::Killed(9));
         assert_eq!(End::of_status(134, None), End::Killed(libc::SIGABRT));
         assert_eq!(End::of_status(255, None), End::Exited(255));
+        for status in [0, 3, 134, 137, 255] {
+            assert_eq!(End::of_status(status, None).status(), status);
+        }
         assert_eq!(
             End::Killed(libc::SIGSEGV).to_string(),
             "was killed by signal 11 (SIGSEGV)"

@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 pub use cgroups::{BelowContainer, LeafCgroup, LeafCgroups};
-pub use config::{AnnotationError, FunctionConfig, ZygoteName};
+pub use config::{Ancestor, AnnotationError, FunctionConfig, ZygoteName};
 pub use end::{End, Shortage};
 pub use leaf::{Origin, StartTimes};
 pub use output::{Output, Streams};

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, Ref, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -116,13 +116,14 @@ struct Pod {
     user: (u32, u32),
 }
 
-/// The zygotes behind the broker sockets of one directory.
+/// The zygotes behind the broker sockets of some directories.
 #[derive(Debug)]
 pub struct Pools {
-    directory: PathBuf,
+    /// That of the pod's own zygotes, then those of its ancestors.
+    directories: Vec<PathBuf>,
     pod: Rc<Pod>,
     /// Held while one is looked for, so that several forks at once prepare one root.
-    attached: Mutex<Option<Rc<Attached>>>,
+    attached: Mutex<Option<Found>>,
     /// The one given up last: its broker may go on as if nothing were amiss.
     given_up: GivenUp,
     container: Option<Rc<Container>>,
@@ -154,6 +155,18 @@ impl Container {
     }
 }
 
+/// A zygote, by its place among the directories.
+#[derive(Debug)]
+struct Found {
+    zygote: Rc<Attached>,
+    rank: usize,
+    /// When a nearer one was last looked for.
+    looked: Instant,
+}
+
+/// While an ancestor stands in, what is asked for may be there any moment.
+const LOOK_NEARER_AFTER: Duration = Duration::from_secs(1);
+
 type GivenUp = Rc<RefCell<Option<(PathBuf, Instant)>>>;
 
 /// A zygote that was given up is not tried again before this.
@@ -172,11 +185,15 @@ struct Attached {
 }
 
 impl Pools {
-    /// Looks in `directory` for brokers. `mounts` is the mount namespace of the Function's container.
+    /// Looks in `directories` for brokers, in their order. `mounts` is the mount namespace of the Function's container.
     ///
     /// # Errors
     /// When the setup cannot be written to a memory file.
-    pub fn new(directory: PathBuf, mounts: OwnedFd, setup: &LeafSetup) -> Result<Pools, ForkError> {
+    pub fn new(
+        directories: Vec<PathBuf>,
+        mounts: OwnedFd,
+        setup: &LeafSetup,
+    ) -> Result<Pools, ForkError> {
         let user = (setup.uid, setup.gid);
         let pod = Rc::new(Pod {
             mounts,
@@ -184,7 +201,7 @@ impl Pools {
             user,
         });
         Ok(Pools {
-            directory,
+            directories,
             pod,
             attached: Mutex::new(None),
             given_up: GivenUp::default(),
@@ -201,11 +218,34 @@ impl Pools {
 
     async fn find(&self) -> Option<Rc<Attached>> {
         let mut attached = self.attached.lock().await;
-        if let Some(zygote) = attached.as_ref().filter(|zygote| zygote.is_alive()) {
-            return Some(Rc::clone(zygote));
+        let mut nearer_than = self.directories.len();
+        if let Some(found) = attached.as_mut().filter(|found| found.zygote.is_alive()) {
+            if found.rank == 0 || found.looked.elapsed() < LOOK_NEARER_AFTER {
+                return Some(Rc::clone(&found.zygote));
+            }
+            found.looked = Instant::now();
+            nearer_than = found.rank;
+        } else {
+            *attached = None;
         }
-        *attached = None;
-        let found = match sock_zygote::attach(&self.directory).await {
+        for (rank, directory) in self.directories[..nearer_than].iter().enumerate() {
+            if let Some(zygote) = self.look_in(directory).await {
+                if rank > 0 {
+                    tracing::info!(path = %directory.display(), "an ancestor's zygote stands in");
+                }
+                *attached = Some(Found {
+                    zygote,
+                    rank,
+                    looked: Instant::now(),
+                });
+                break;
+            }
+        }
+        attached.as_ref().map(|found| Rc::clone(&found.zygote))
+    }
+
+    async fn look_in(&self, directory: &Path) -> Option<Rc<Attached>> {
+        let found = match sock_zygote::attach(directory).await {
             Ok(found) => found?,
             Err(error) => {
                 tracing::warn!(%error, "cannot look for a zygote");
@@ -228,17 +268,13 @@ impl Pools {
             return None;
         }
         match FunctionRoot::prepare(self.pod.mounts.as_fd(), found.user_namespace.as_fd()) {
-            Ok(root) => {
-                let zygote = Rc::new(Attached::new(
-                    found,
-                    root,
-                    Rc::clone(&self.pod),
-                    Rc::clone(&self.given_up),
-                    self.container.clone(),
-                ));
-                *attached = Some(Rc::clone(&zygote));
-                Some(zygote)
-            }
+            Ok(root) => Some(Rc::new(Attached::new(
+                found,
+                root,
+                Rc::clone(&self.pod),
+                Rc::clone(&self.given_up),
+                self.container.clone(),
+            ))),
             Err(error) => {
                 tracing::warn!(path = %found.path.display(), %error, "zygote passed over: no root for its leaves");
                 None

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -13,13 +13,14 @@ use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use sock_sandbox::{ExecPlan, Stdio, namespace, seccomp};
 use sock_zygote::protocol::{LeafSetup, Rlimit};
 
-use super::{POOLS, SITE_PACKAGES, add_payload, packages};
+use super::{CACHE, POOLS, SITE_PACKAGES, add_payload, packages};
 use crate::activation::{
     Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Output, Pools,
-    Streams, Surroundings, Zygotes,
+    Streams, Surroundings, ZygoteName, Zygotes,
 };
 use crate::children::Claim;
 use crate::container::Container;
+use crate::locks;
 use crate::process::run_program;
 use crate::task::Failure;
 
@@ -57,15 +58,7 @@ impl FunctionContainer {
     /// # Errors
     /// `/dev/null` cannot be opened.
     pub fn keep_output(&self, streams: Stdio) -> Result<(), Failure> {
-        let null = || {
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/null")
-                .map(OwnedFd::from)
-        };
-        let stdout = streams.stdout.map_or_else(null, Ok)?;
-        let stderr = streams.stderr.map_or_else(|| stdout.try_clone(), Ok)?;
-        *self.output.borrow_mut() = Some((stdout, stderr));
+        *self.output.borrow_mut() = Some(super::output(streams)?);
         Ok(())
     }
 
@@ -89,7 +82,7 @@ impl FunctionContainer {
         let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
             Some(name) => {
                 let mounts = namespace::of_process(container.init.pid(), "mnt")?;
-                let pools = Pools::new(name.pools(Path::new(POOLS)), mounts, &setup);
+                let pools = Pools::new(self.directories(name), mounts, &setup);
                 let pools = pools.map_err(Failure::unknown)?;
                 Some(Rc::new(
                     pools.staying_in(cgroup.clone(), container.init.pid()),
@@ -118,6 +111,20 @@ impl FunctionContainer {
             .map_err(Failure::unknown)?;
         *self.activation.borrow_mut() = Some(Rc::new(activation));
         Ok(())
+    }
+
+    /// Where zygotes are that this Function may use: its own, and ancestors that hold no package which is not its own.
+    fn directories(&self, name: &ZygoteName) -> Vec<PathBuf> {
+        let mut directories = vec![name.pools(Path::new(POOLS))];
+        for ancestor in &self.config.ancestors {
+            match locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, ancestor) {
+                Ok(()) => directories.push(ancestor.pools(&name.tenant, Path::new(POOLS))),
+                Err(reason) => {
+                    tracing::warn!(ancestor = ancestor.digest, reason, "passed over");
+                }
+            }
+        }
+        directories
     }
 
     /// Stops accepting and lets requests finish. Returns when no leaf is left.

@@ -4,20 +4,31 @@
 //! after it has ended well: an entry is whole or not there.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
+use sock_lock::Lock;
 
 use super::{CACHE, add_env, add_payload, bind, is_real_directory};
 use crate::activation::ZygoteName;
+use crate::locks;
 use crate::task::Failure;
+
+/// Where the installer finds the requirements, and in which file.
+const REQUIREMENTS: (&str, &str) = ("/etc/sock", "requirements.txt");
+/// Larger than the API server takes a ConfigMap.
+const MOST_REQUIREMENTS: u64 = 2 << 20;
 
 /// An installation under way.
 pub struct Installer {
     /// Empty if the packages are there already.
     staging: Option<PathBuf>,
     entry: PathBuf,
+    tenant: String,
+    /// To be written down with the entry. An operator of a release that knows nothing of it does not say the image.
+    lock: Option<Lock>,
 }
 
 impl Installer {
@@ -30,13 +41,20 @@ impl Installer {
         let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
         let tenant = Path::new(CACHE).join(&name.tenant);
         let entry = tenant.join(&name.lock);
+        let lock = lock(spec, annotations, &name.lock)?;
         add_payload(spec, None)?;
         if is_real_directory(&entry.join("site-packages")) {
             add_env(spec, "SOCK_CACHED", "1");
-            return Ok(Self {
+            let installer = Self {
                 staging: None,
                 entry,
-            });
+                tenant: name.tenant.clone(),
+                lock,
+            };
+            if !locks::is_recorded(Path::new(CACHE), &name.tenant, &name.lock) {
+                installer.record();
+            }
+            return Ok(installer);
         }
         let staging = tenant.join(format!(".staging-{id}"));
         std::fs::DirBuilder::new()
@@ -57,18 +75,31 @@ impl Installer {
         Ok(Self {
             staging: Some(staging),
             entry,
+            tenant: name.tenant,
+            lock,
         })
+    }
+
+    /// That this fails is a matter of speed: nothing descends from the entry's zygote then.
+    fn record(&self) {
+        if let Some(lock) = &self.lock
+            && let Err(e) = locks::record(Path::new(CACHE), &self.tenant, lock)
+        {
+            tracing::warn!(entry = %self.entry.display(), error = %e, "what it holds is not written down");
+        }
     }
 
     /// After its end, before anybody is told of it.
     pub fn finish(&self, status: u32) {
         let Some(staging) = &self.staging else { return };
-        if status == 0
-            && is_real_directory(&staging.join("site-packages"))
-            && let Err(e) = std::fs::rename(staging, &self.entry)
-        {
-            // Another pod of the same set was first: its packages are the same.
-            tracing::info!(entry = %self.entry.display(), error = %e, "not taken into the cache");
+        if status == 0 && is_real_directory(&staging.join("site-packages")) {
+            match std::fs::rename(staging, &self.entry) {
+                Ok(()) => self.record(),
+                // Another pod of the same set was first: its packages are the same.
+                Err(e) => {
+                    tracing::info!(entry = %self.entry.display(), error = %e, "not taken into the cache");
+                }
+            }
         }
         self.discard();
     }
@@ -82,6 +113,39 @@ impl Installer {
             tracing::warn!(directory = %staging.display(), error = %e, "is left");
         }
     }
+}
+
+/// What is to be installed. Where it comes from, a volume of kubelet's, only root can write to.
+fn lock(
+    spec: &Spec,
+    annotations: &HashMap<String, String>,
+    digest: &str,
+) -> Result<Option<Lock>, Failure> {
+    let Some(image) = annotations.get("sock.dev/image") else {
+        return Ok(None);
+    };
+    let (directory, file) = REQUIREMENTS;
+    let mounts = spec.mounts().as_ref().into_iter().flatten();
+    let mount = mounts
+        .filter(|mount| mount.destination() == Path::new(directory))
+        .find_map(|mount| mount.source().as_ref());
+    let path = mount
+        .ok_or_else(|| Failure::invalid(format!("no volume is mounted at {directory}")))?
+        .join(file);
+    let mut requirements = String::new();
+    std::fs::File::open(&path)?
+        .take(MOST_REQUIREMENTS)
+        .read_to_string(&mut requirements)?;
+    let lock = Lock {
+        image: image.clone(),
+        requirements,
+    };
+    if lock.digest() != digest {
+        return Err(Failure::invalid(format!(
+            "annotation sock.dev/lock: {digest:?} is not that of image {image:?} and {directory}/{file}: let the operator make the pod"
+        )));
+    }
+    Ok(Some(lock))
 }
 
 /// After a crash of the shim: removes what a container was installing.

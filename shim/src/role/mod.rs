@@ -3,17 +3,20 @@
 //! Most are [`Role::Plain`]. The three that sock knows differ from an ordinary container in their mounts, in what their
 //! first process is, and in when `Start` returns.
 
+pub mod descent;
 pub mod function;
 pub mod installer;
 pub mod zygote;
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Spec};
+use sock_sandbox::Stdio;
 use sock_zygote::protocol::ZygoteSetup;
 
-use crate::activation::ZygoteName;
+use crate::activation::{Ancestor, ZygoteName};
 use crate::task::Failure;
 use crate::uses::Use;
 
@@ -215,6 +218,19 @@ fn add_env(spec: &mut Spec, name: &str, value: &str) {
     }
 }
 
+/// Standard output and error of a container whose first process writes nothing, for those who do.
+fn output(streams: Stdio) -> Result<(OwnedFd, OwnedFd), Failure> {
+    let null = || {
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/null")
+            .map(OwnedFd::from)
+    };
+    let stdout = streams.stdout.map_or_else(null, Ok)?;
+    let stderr = streams.stderr.map_or_else(|| stdout.try_clone(), Ok)?;
+    Ok((stdout, stderr))
+}
+
 /// A value as a message shows it.
 fn shown(value: &str) -> String {
     const MOST: usize = 100;
@@ -282,6 +298,8 @@ pub struct PoolConfig {
     pub name: ZygoteName,
     /// What the zygote is to become.
     pub setup: ZygoteSetup,
+    /// What the PackageSet extends, if it does.
+    pub parent: Option<Ancestor>,
     /// Where the shim answers `GET /status`.
     pub status_port: u16,
 }
@@ -327,9 +345,11 @@ impl PoolConfig {
                 "annotations sock.dev/imports and sock.dev/accepted-threads name {length} bytes of modules: give at most {MOST_NAMES}"
             )));
         }
+        let ancestors = Ancestor::from_annotations(annotations).map_err(Failure::invalid)?;
         Ok(Self {
             name,
             setup,
+            parent: ancestors.into_iter().next(),
             status_port: number("status-port", 9464, 1..=65535)?,
         })
     }

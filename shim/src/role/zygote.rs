@@ -18,8 +18,11 @@ use oci_spec::runtime::{
 use serde_json::json;
 use sock_sandbox::root::Root;
 use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, namespace};
-use sock_zygote::{Broker, Zygote};
+use sock_zygote::{Broker, Warm, Zygote};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
+use super::descent::{Descent, Parent};
 use super::{POOLS, PoolConfig, add_env, add_payload, packages};
 use crate::activation::{End, Shortage};
 use crate::children::Claim;
@@ -45,16 +48,39 @@ const FORKING: [&str; 5] = [
 const OWN: libc::c_int =
     libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 /// Namespaces that are joined: the zygote's own after a fork, the pod's empty network.
-const JOINED: [libc::c_int; 2] = [libc::CLONE_NEWPID, libc::CLONE_NEWNET];
+const JOINED: [libc::c_int; 7] = [
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+    // By a child that becomes a zygote: only namespaces that are nested in its parent's let it in.
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWCGROUP,
+];
+/// To whom user namespaces nested in a zygote's belong; nobody runs as this user. Above those of tenants
+/// (`docs/design.md`, "Annotations").
+const OWNER: u32 = 2_000_000_000;
 
 /// A pool's container.
 pub struct ZygoteContainer {
     config: PoolConfig,
     user: UserMapping,
     holder: RefCell<Option<NamespaceHolder>>,
-    control: RefCell<Option<OwnedFd>>,
+    origin: RefCell<Option<Origin>>,
+    /// What a zygote that descends from another writes goes here.
+    output: RefCell<Option<(OwnedFd, OwnedFd)>>,
+    following: RefCell<Option<tokio::task::AbortHandle>>,
     serving: RefCell<Option<tokio::task::AbortHandle>>,
     status: RefCell<Option<StatusServer>>,
+}
+
+/// How a zygote comes to be.
+enum Origin {
+    /// The container's own program becomes one; this is our end of its control channel.
+    Program(OwnedFd),
+    /// Another's child does.
+    Descent(Box<Descent>),
 }
 
 /// The process that keeps a zygote's namespaces.
@@ -81,23 +107,43 @@ impl ZygoteContainer {
         let user = spec.process().as_ref().map(|p| UserMapping {
             uid: p.user().uid(),
             gid: p.user().gid(),
+            owner: Some(OWNER),
         });
         let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
         Ok(Self {
             config,
             user,
             holder: RefCell::default(),
-            control: RefCell::default(),
+            origin: RefCell::default(),
+            output: RefCell::default(),
+            following: RefCell::default(),
             serving: RefCell::default(),
             status: RefCell::default(),
         })
     }
 
-    /// Makes the namespaces and puts the specification into them. Returns the zygote's end of its control channel.
+    /// Whether it is forked from another: the container's own program is not run then.
+    #[must_use]
+    pub fn descends(&self) -> bool {
+        matches!(*self.origin.borrow(), Some(Origin::Descent(_)))
+    }
+
+    /// Keeps the container's output for a zygote that comes into it.
+    ///
+    /// # Errors
+    /// `/dev/null` cannot be opened.
+    pub fn keep_output(&self, streams: Stdio) -> Result<(), Failure> {
+        *self.output.borrow_mut() = Some(super::output(streams)?);
+        Ok(())
+    }
+
+    /// Makes the namespaces and puts the specification into them. Returns the zygote's end of its control channel, if the
+    /// container's program is to be it.
     ///
     /// # Errors
     /// The kernel refuses, for instance user namespaces.
-    pub async fn isolate(&self, spec: &mut Spec, id: &str) -> Result<OwnedFd, Failure> {
+    pub async fn isolate(&self, spec: &mut Spec, id: &str) -> Result<Option<OwnedFd>, Failure> {
+        let (descent, outer) = Descent::begin(&self.config, self.user).await.unzip();
         let mut own = Spec::default();
         own.set_mounts(None).set_hostname(spec.hostname().clone());
         let mut process = spec.process().clone().unwrap_or_default();
@@ -131,6 +177,7 @@ impl ZygoteContainer {
             stdio: Stdio::default(),
             extra: Vec::new(),
             mapping: Some(self.user),
+            outer,
             nodev_root: false,
             cgroups: Vec::new(),
         })?;
@@ -160,8 +207,14 @@ impl ZygoteContainer {
             user,
         });
 
-        let (ours, theirs) = sock_zygote::protocol::pair().map_err(Failure::unknown)?;
-        *self.control.borrow_mut() = Some(ours);
+        let (origin, theirs) = match descent {
+            Some(descent) => (Origin::Descent(Box::new(descent)), None),
+            None => {
+                let (ours, theirs) = sock_zygote::protocol::pair().map_err(Failure::unknown)?;
+                (Origin::Program(ours), Some(theirs))
+            }
+        };
+        *self.origin.borrow_mut() = Some(origin);
         let mut linux = spec.linux().clone().unwrap_or_default();
         let joined = kinds.iter().map(|kind| {
             let namespace = LinuxNamespaceBuilder::default().typ(*kind);
@@ -219,40 +272,46 @@ impl ZygoteContainer {
     /// The line that the author of the PackageSet must mend.
     pub async fn warm_up(
         &self,
-        container: &Container,
+        container: &Rc<Container>,
         process: &Rc<Process>,
     ) -> Result<(), Failure> {
-        let control = self
-            .control
+        let origin = self
+            .origin
             .take()
             .ok_or_else(|| Failure::precondition("the zygote was started before"))?;
         let set = &self.config.name.package_set;
-        let ended = async {
-            let exit = process.wait().await;
-            let cgroup = container.cgroup.borrow().clone();
-            let shortage = cgroup
-                .filter(|cgroup| cgroup.oom_kills() > 0)
-                .map(|cgroup| Shortage::in_cgroup(&cgroup));
-            let end = End::of_status(exit.status, shortage);
-            format!(
-                "its interpreter {end} while it imported and warmed up: see the log of container zygote"
-            )
-        };
-        tokio::pin!(ended);
-        let configured = tokio::select! {
-            configured = Zygote::configure(control, &self.config.setup) => match configured {
-                // Its channel closes a moment before it can be reaped.
-                Err(e) if e.is_closed() => Err(tokio::time::timeout(REAPED_WITHIN, ended).await.unwrap_or_else(|_| e.to_string())),
-                other => other.map_err(|e| e.to_string()),
-            },
-            end = &mut ended => Err(end),
-            () = tokio::time::sleep(WARM_WITHIN) => {
-                let what: Vec<&str> = self.config.setup.imports.iter().map(String::as_str).chain((!self.config.setup.warm_up.is_empty()).then_some("warmUp")).collect();
-                Err(format!("{} took more than {} s", what.join(", "), WARM_WITHIN.as_secs()))
+        let setup = &self.config.setup;
+        let refused =
+            |e: &dyn std::fmt::Display| Failure::unknown(format!("PackageSet {set}: {e}"));
+        let (configured, descended) = match origin {
+            Origin::Program(control) => {
+                let end = async {
+                    let exit = process.wait().await;
+                    End::of_status(exit.status, shortage(container))
+                };
+                let configured = Zygote::configure(control, setup);
+                (self.configured(configured, end).await, None)
+            }
+            Origin::Descent(descent) => {
+                let output = self.output.take();
+                let (stdout, stderr) =
+                    output.ok_or_else(|| Failure::precondition("the container has no output"))?;
+                let streams = (stdout.as_fd(), stderr.as_fd());
+                let (control, pidfd, parent) = descent
+                    .enter(container, streams)
+                    .await
+                    .map_err(|e| refused(&e))?;
+                let process = Rc::new(Follower::new(pidfd)?);
+                let end = async {
+                    process.ended().await;
+                    process.end(container)
+                };
+                let configured = Zygote::configure_over(control, setup);
+                let configured = self.configured(configured, end).await;
+                (configured, Some((Rc::clone(&process), parent)))
             }
         };
-        let (zygote, warm) =
-            configured.map_err(|e| Failure::unknown(format!("PackageSet {set}: {e}")))?;
+        let (zygote, warm) = configured.map_err(|e| refused(&e))?;
         let user = match &*self.holder.borrow() {
             Some(holder) => holder.user.try_clone()?,
             None => return Err(Failure::precondition("the zygote has no namespaces")),
@@ -275,8 +334,9 @@ impl ZygoteContainer {
             .iter()
             .map(|m| json!({"name": m.name, "micros": m.micros}))
             .collect();
-        let document =
-            json!({"ready": true, "importMicros": warm.import_micros, "modules": modules});
+        let parent = descended.as_ref().and(self.config.parent.as_ref());
+        let parent = parent.map(|parent| &parent.digest);
+        let document = json!({"ready": true, "importMicros": warm.import_micros, "modules": modules, "parent": parent});
         match StatusServer::start(self.config.status_port, move || document.clone()) {
             Ok(server) => *self.status.borrow_mut() = Some(server),
             // Figures are missing then; Functions are served.
@@ -285,12 +345,49 @@ impl ZygoteContainer {
             }
         }
         *self.serving.borrow_mut() = Some(serve.abort_handle());
+        if let Some((follower, parent)) = descended {
+            let follow = follow(follower, parent, Rc::clone(container), Rc::clone(process));
+            let task = tokio::task::spawn_local(follow);
+            *self.following.borrow_mut() = Some(task.abort_handle());
+        }
         Ok(())
+    }
+
+    /// Waits for a zygote that was told what to be, or its end, or the end of all patience.
+    async fn configured(
+        &self,
+        configured: impl Future<Output = sock_zygote::Result<(Zygote, Warm)>>,
+        end: impl Future<Output = End>,
+    ) -> Result<(Zygote, Warm), String> {
+        let ended = async {
+            let end = end.await;
+            format!(
+                "its interpreter {end} while it imported and warmed up: see the log of container zygote"
+            )
+        };
+        tokio::pin!(ended);
+        let setup = &self.config.setup;
+        tokio::select! {
+            configured = configured => match configured {
+                // Its channel closes a moment before it can be reaped.
+                Err(e) if e.is_closed() => Err(tokio::time::timeout(REAPED_WITHIN, ended).await.unwrap_or_else(|_| e.to_string())),
+                other => other.map_err(|e| e.to_string()),
+            },
+            end = &mut ended => Err(end),
+            () = tokio::time::sleep(WARM_WITHIN) => {
+                let what: Vec<&str> = setup.imports.iter().map(String::as_str).chain((!setup.warm_up.is_empty()).then_some("warmUp")).collect();
+                Err(format!("{} took more than {} s", what.join(", "), WARM_WITHIN.as_secs()))
+            }
+        }
     }
 
     /// After the end of the interpreter. What it made for its leaves ends with the last of them.
     pub fn finish(&self) {
         self.status.take();
+        self.origin.take();
+        if let Some(task) = self.following.take() {
+            task.abort();
+        }
         if let Some(task) = self.serving.take() {
             task.abort();
             // The socket goes with the task, in a moment; its directories when the last pool of this digest has gone.
@@ -302,6 +399,55 @@ impl ZygoteContainer {
         }
         // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
         self.holder.take();
+    }
+}
+
+fn shortage(container: &Container) -> Option<Shortage> {
+    let cgroup = container.cgroup.borrow().clone();
+    cgroup
+        .filter(|cgroup| cgroup.oom_kills() > 0)
+        .map(|cgroup| Shortage::in_cgroup(&cgroup))
+}
+
+/// A zygote that is no child of this process.
+struct Follower(AsyncFd<OwnedFd>);
+
+impl Follower {
+    fn new(pidfd: OwnedFd) -> std::io::Result<Follower> {
+        crate::async_fd::watch(pidfd, Interest::READABLE).map(Follower)
+    }
+
+    async fn ended(&self) {
+        // That it cannot be watched any more is an end too.
+        let _ = self.0.readable().await;
+    }
+
+    fn end(&self, container: &Container) -> End {
+        End::of(Some(self.0.get_ref()), shortage(container))
+    }
+}
+
+/// Ends the container with its zygote, or to have it made anew when the one that it descends from has been.
+async fn follow(
+    zygote: Rc<Follower>,
+    parent: Parent,
+    container: Rc<Container>,
+    holder: Rc<Process>,
+) {
+    let status = tokio::select! {
+        () = zygote.ended() => {
+            let end = zygote.end(&container);
+            tracing::warn!(%end, "the zygote is gone");
+            end.status()
+        }
+        () = parent.replaced() => {
+            tracing::info!("ends, to descend from the new zygote of what it extends");
+            0
+        }
+    };
+    holder.end_as(status);
+    if let Err(error) = holder.signal(libc::SIGKILL) {
+        tracing::warn!(%error, "the container of a zygote that is gone is left");
     }
 }
 

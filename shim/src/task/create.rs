@@ -49,7 +49,7 @@ pub(super) async fn create(
     let mut extra = Vec::new();
     if let Role::Zygote(zygote) = &role {
         match zygote.isolate(&mut spec, &request.id).await {
-            Ok(control) => extra.push((3, control)),
+            Ok(control) => extra.extend(control.map(|control| (3, control))),
             Err(e) => {
                 zygote.finish();
                 if let Some(used) = &used {
@@ -130,9 +130,18 @@ async fn build(
     let readers = stdio::readers(paths).await;
     let (mut streams, kept) = stdio::open(paths, uid)?;
     *container.init.kept.borrow_mut() = kept;
-    if let Role::Function(function) = &container.role {
-        function.keep_output(std::mem::take(&mut streams))?;
-    }
+    let program = match &container.role {
+        Role::Function(function) => {
+            function.keep_output(std::mem::take(&mut streams))?;
+            Program::Holder(HolderKind::Pod)
+        }
+        Role::Zygote(zygote) if zygote.descends() => {
+            zygote.keep_output(std::mem::take(&mut streams))?;
+            Program::Holder(HolderKind::Pod)
+        }
+        Role::Sandbox => Program::Holder(HolderKind::Pod),
+        Role::Plain | Role::Installer(_) | Role::Zygote(_) => Program::Specified,
+    };
     let hierarchies = pod.hierarchies()?;
     let location = spec
         .linux()
@@ -149,10 +158,7 @@ async fn build(
         } else {
             root(&container.bundle, request)
         },
-        program: match container.role {
-            Role::Sandbox | Role::Function(_) => Program::Holder(HolderKind::Pod),
-            _ => Program::Specified,
-        },
+        program,
         stdio: streams,
         extra,
         mapping: None,

@@ -86,6 +86,7 @@ impl Pod {
                 name: "test".into(),
                 handler: "app.handler".into(),
                 zygote: None,
+                ancestors: Vec::new(),
                 port: 0,
                 timeout: Duration::from_secs(20),
                 reuse: Reuse::Always,
