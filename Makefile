@@ -56,7 +56,7 @@ test-images: cluster
 # Those that look at whole nodes come last, one after the other.
 e2e: install test-images ## end-to-end tests on the cluster
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
-	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades && \
+	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree && \
 	cargo build --locked -p sock-bench && \
 	for alone in soak faults deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
 

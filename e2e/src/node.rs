@@ -200,13 +200,14 @@ impl Node {
     /// # Errors
     /// The pool has none now.
     pub fn zygote_of(&self, pool: &Value) -> Result<Process> {
-        let mut interpreters = self.interpreters_of(pool)?;
-        interpreters.retain(|one| {
-            one.status("NSpid")
-                .is_ok_and(|numbers| numbers.split_whitespace().count() == 2)
+        let found = self.interpreters_of(pool)?.into_iter().filter_map(|one| {
+            let depth = one.status("NSpid").ok()?.split_whitespace().count();
+            Some((depth, one))
         });
-        let found = interpreters.into_iter().next();
-        found.context("a zygote in the pool's pod")
+        let found = found.min_by_key(|(depth, one)| (*depth, one.pid));
+        found
+            .map(|(_, one)| one)
+            .context("a zygote in the pool's pod")
     }
 
     /// Whether an idle leaf is kept from running: its cgroup is frozen, or, on version 1, it is stopped.
