@@ -143,8 +143,14 @@ pub(crate) fn first(
     }
     if let Some(user) = user {
         namespace::join(&user, Type::User)?;
-        // The copy belongs to the user namespace, so the flags of its mounts are locked there (mount_namespaces(7)).
-        unshare(libc::CLONE_NEWNS, "mount namespace")?;
+        // The copy belongs to the user namespace, so the flags of its mounts are locked there (mount_namespaces(7)). So does
+        // another cgroup namespace, and others of that user namespace may enter it.
+        let own = if wanted.creates(Type::Cgroup) {
+            libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP
+        } else {
+            libc::CLONE_NEWNS
+        };
+        unshare(own, "mount and cgroup namespaces")?;
     }
     let process = spec.process().as_ref();
     let terminal = if plan.program == Program::Specified {

@@ -85,7 +85,7 @@ pub struct Plan<'a> {
     pub extra: Vec<(RawFd, OwnedFd)>,
     /// Mapping of a user namespace that is to be made.
     pub mapping: Option<UserMapping>,
-    /// Where that and a new PID namespace are nested, if not in the caller's.
+    /// Where that and a new PID namespace are nested, if not in the caller's. The process is no child of the caller's then.
     pub outer: Option<Outer>,
     /// Device files of the image are none. For containers whose cgroup does not control which devices may be opened.
     pub nodev_root: bool,
@@ -306,7 +306,8 @@ enum Birthplace {
     PidNamespace(OwnedFd),
     /// With namespaces of its own nested in others, by way of two: a PID namespace is nested in the one that its maker was
     /// born into (`copy_pid_ns`, kernel/pid_namespace.c). `owner` is to own the new user namespace;
-    /// its group has to be mapped in the outer one too.
+    /// its group has to be mapped in the outer one too. The child is no child of the caller: PID 1 of the outer PID
+    /// namespace gets and reaps it, so that one that waits for its last descendant waits for this one.
     Nested {
         outer: Outer,
         owner: u32,
@@ -375,7 +376,7 @@ fn fork_child(
                 init::no_groups()?;
                 namespace::join(user, Type::User)?;
                 init::change_user(*owner, *group)?;
-                match clone(namespaces, true)? {
+                match clone(namespaces, false)? {
                     Side::Child => Ok(Side::Child),
                     Side::Parent(_) => init::leave(0),
                 }
@@ -402,14 +403,21 @@ fn fork_child(
         }
         Side::Parent(middle) => {
             drop((tell, caller));
-            let reap = |pid| {
-                // SAFETY: reaps a middle process, which ends at once.
-                unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+            // Whoever is in the outer PID namespace may stop what passes through it, so nothing is waited for without an end.
+            let end = |pid| {
+                // SAFETY: a child of this process that is not reaped yet, and has nothing left to do.
+                unsafe {
+                    libc::kill(pid, libc::SIGKILL);
+                    libc::waitpid(pid, std::ptr::null_mut(), 0);
+                }
             };
-            reap(middle);
             let second = outer.is_some().then(|| hear_who(&told)).flatten();
-            second.into_iter().for_each(reap);
-            let Some(pid) = hear_who(&told) else {
+            let child = match (&outer, second) {
+                (Some(_), None) => None,
+                _ => hear_who(&told),
+            };
+            [Some(middle), second].into_iter().flatten().for_each(end);
+            let Some(pid) = child else {
                 let gone = Launched {
                     pid: middle,
                     pidfd: ours.try_clone().step("duplicate", "channel")?,
@@ -417,7 +425,7 @@ fn fork_child(
                 };
                 return Err(match gone.progress() {
                     Ok(Progress::Failed(e)) => e,
-                    _ => Error::Child("the middle process ended early".into()),
+                    _ => Error::Child("the middle process ended early, or was stopped".into()),
                 });
             };
             Ok(Launched {
@@ -436,8 +444,21 @@ fn say_who(tell: &OwnedFd) -> Result<()> {
         .map(drop)
 }
 
-/// The number of the next process that has said a word, here; `None` when none is left that could.
+/// A process that was not stopped on its way says its word within microseconds.
+const SAID_WITHIN: rustix::event::Timespec = rustix::event::Timespec {
+    tv_sec: 5,
+    tv_nsec: 0,
+};
+
+/// The number of the next process that says a word, here; `None` when none does.
 fn hear_who(told: &OwnedFd) -> Option<i32> {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let ready = rustix::io::retry_on_intr(|| {
+        poll(&mut [PollFd::new(told, PollFlags::IN)], Some(&SAID_WITHIN))
+    });
+    if !ready.is_ok_and(|ready| ready > 0) {
+        return None;
+    }
     let mut byte = [0u8; 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -67,6 +67,7 @@ fn main() {
             "a_nested_user_namespace_belongs_to_nobody_who_runs",
             nested_namespaces,
         ),
+        ("a_holder_waits_for_what_is_nested_in_it", last_descendant),
         ("an_abandoned_child_ends", abandoned),
     ];
     let trials = tests.iter().map(|(name, test)| {
@@ -669,12 +670,16 @@ const OWNER: u32 = 2_000_000_000;
 
 /// A holder of namespaces that belong to a user namespace of their own.
 fn held_namespaces(outer: Option<Outer>) -> Launched {
+    held_namespaces_by(HolderKind::Pod, outer)
+}
+
+fn held_namespaces_by(kind: HolderKind, outer: Option<Outer>) -> Launched {
     let mut held = spec("");
     held["process"]["user"] = json!({"uid": USER, "gid": USER});
     held["process"]["capabilities"] = json!({});
     held["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
     let held = parsed(&held);
-    let mut plan = plan(&held, Root::Empty, Program::Holder(HolderKind::Pod));
+    let mut plan = plan(&held, Root::Empty, Program::Holder(kind));
     plan.mapping = Some(UserMapping {
         uid: USER,
         gid: USER,
@@ -684,6 +689,27 @@ fn held_namespaces(outer: Option<Outer>) -> Launched {
     let holder = launch(plan).unwrap();
     go(&holder).unwrap();
     holder
+}
+
+fn last_descendant() {
+    // One that waits for its last descendant waits for a holder that was nested in its namespaces.
+    let open = |pid: i32, kind: &str| sock_sandbox::namespace::of_process(pid, kind).unwrap();
+    let outer = held_namespaces_by(HolderKind::Descendants, None);
+    let nested = held_namespaces_by(
+        HolderKind::Descendants,
+        Some(Outer {
+            user: open(outer.pid, "user"),
+            pid: open(outer.pid, "pid"),
+        }),
+    );
+    kill(outer.pid, libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(100));
+    let mut status = 0;
+    // SAFETY: asks after a child of this process.
+    let ended = unsafe { libc::waitpid(outer.pid, &raw mut status, libc::WNOHANG) };
+    assert_eq!(ended, 0, "it did not wait for what is nested in it");
+    kill(nested.pid, libc::SIGTERM);
+    assert_eq!(wait(outer.pid), 0);
 }
 
 fn nested_namespaces() {
@@ -722,11 +748,20 @@ fn nested_namespaces() {
         assert_eq!(inode(&parent), inode(&open(outer, "user")));
         all.push(nested);
     }
-    // The end of the outermost PID namespace is the end of all within.
+    // The end of the outermost PID namespace is the end of all within, which belong to the holder next to them.
     kill(all[0].pid, libc::SIGKILL);
-    // It waits for them to be reaped, and they are children of this process.
-    for holder in all.iter().rev() {
-        assert_eq!(wait(holder.pid), 128 + libc::SIGKILL);
+    assert_eq!(wait(all[0].pid), 128 + libc::SIGKILL);
+    for holder in &all[1..] {
+        let mut ended = [rustix::event::PollFd::new(
+            &holder.pidfd,
+            rustix::event::PollFlags::IN,
+        )];
+        assert_eq!(rustix::event::poll(&mut ended, None).unwrap(), 1);
+        // SAFETY: asks after a process that is no child of this one.
+        assert_eq!(
+            unsafe { libc::waitpid(holder.pid, std::ptr::null_mut(), 0) },
+            -1
+        );
     }
     let outer = Outer {
         user: fs::File::open("/proc/self/ns/user").unwrap().into(),
@@ -750,6 +785,31 @@ fn locked_flags() {
         std::os::unix::fs::PermissionsExt::from_mode(0o777),
     )
     .unwrap();
+    // NS_GET_USERNS (ioctl_ns(2)): whose a container's namespaces are.
+    let joined = |kind: &str, file: &str| json!({"type": kind, "path": format!("/proc/{}/ns/{file}", holder.pid)});
+    let mut held = spec("");
+    held["process"]["user"] = json!({"uid": user, "gid": user});
+    held["linux"]["namespaces"] = json!([joined("user", "user"), joined("pid", "pid"), {"type": "mount"}, {"type": "cgroup"}]);
+    let held = parsed(&held);
+    let inside = launch(plan(&held, image.root(), Program::Holder(HolderKind::Pod))).unwrap();
+    go(&inside).unwrap();
+    for kind in ["mnt", "cgroup"] {
+        let namespace = sock_sandbox::namespace::of_process(inside.pid, kind).unwrap();
+        // SAFETY: returns a new descriptor.
+        let owner = unsafe { libc::ioctl(namespace.as_raw_fd(), 0xb701) };
+        assert!(owner >= 0, "{kind}");
+        // SAFETY: just made.
+        let owner = unsafe { OwnedFd::from_raw_fd(owner) };
+        let own = sock_sandbox::namespace::of_process(holder.pid, "user").unwrap();
+        let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+        assert_eq!(
+            inode(&owner),
+            inode(&own),
+            "the {kind} namespace is another's"
+        );
+    }
+    kill(inside.pid, libc::SIGKILL);
+    wait(inside.pid);
     let all = json!(["CAP_SYS_ADMIN", "CAP_SYS_CHROOT"]);
     let mut wanted = spec(
         "id -u; grep CapEff /proc/self/status; touch /data/before 2>&1; mount -o remount,rw,bind /data 2>&1; touch /data/after 2>&1; mount -t tmpfs mine /tmp && echo own mounts are its own",
