@@ -232,6 +232,18 @@ impl Context {
             .map_err(at::<K>("get", name))
     }
 
+    /// All objects of one kind in a namespace.
+    pub async fn all<K>(&self, namespace: &str) -> Result<Vec<K>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + Debug,
+    {
+        let all = self.api::<K>(namespace).list(&ListParams::default()).await;
+        Ok(all.map_err(at::<K>("list", namespace))?.items)
+    }
+
     /// The objects with a label.
     pub async fn list<K>(&self, namespace: &str, label: &str, value: &str) -> Result<Vec<K>, Error>
     where

@@ -63,6 +63,7 @@ pub mod annotation {
     pub const WARM_UP: &str = "sock.dev/warm-up";
     pub const IMAGE: &str = "sock.dev/image";
     pub const ANCESTORS: &str = "sock.dev/ancestors";
+    pub const EXTENDED: &str = "sock.dev/extended";
     pub const STATUS_PORT: &str = "sock.dev/status-port";
     pub const FUNCTION: &str = "sock.dev/function";
     pub const FUNCTION_NAME: &str = "sock.dev/function-name";

@@ -123,6 +123,24 @@ impl<K: Reconciled> Watches<K> {
         })
     }
 
+    /// Watches others of its kind: those that it names, and those that name it.
+    #[must_use]
+    pub fn names_its_kind(self, named: fn(&K) -> Option<&str>) -> Self {
+        self.related(watcher::Config::default(), move |store, other: &K| {
+            let (namespace, name) = (other.namespace(), other.name_any());
+            let all = store.state();
+            let naming = all
+                .iter()
+                .filter(|one| one.namespace() == namespace && named(one) == Some(&name))
+                .map(|one| ObjectRef::from_obj(&**one));
+            let named = named(other).and_then(|name| {
+                let namespace = namespace.as_deref()?;
+                Some(ObjectRef::new(name).within(namespace))
+            });
+            naming.chain(named).collect()
+        })
+    }
+
     fn related<C>(
         mut self,
         config: watcher::Config,

@@ -131,7 +131,7 @@ impl Entering {
     /// Waits until it is there, and checks that whoever said so is a member of `cgroup`: only then may its pidfd be trusted
     /// to be a process of this pool. The kernel then takes it for want of memory as `oom_score_adj` says.
     ///
-    /// Yields the channel for [`crate::Zygote::configure_over`] and the pidfd.
+    /// Yields the channel for [`crate::Zygote::configure_over`], the pidfd, and the process's number as of now.
     ///
     /// # Errors
     /// [`Error::Refused`], [`Error::Impostor`], [`Error::Wire`].
@@ -139,7 +139,7 @@ impl Entering {
         self,
         cgroup: &Path,
         oom_score_adj: Option<i32>,
-    ) -> Result<(Channel, OwnedFd)> {
+    ) -> Result<(Channel, OwnedFd, i32)> {
         let Received {
             message,
             credentials,
@@ -164,6 +164,6 @@ impl Entering {
             problem: "has ended",
         })?;
         peer.belongs_to(cgroup, oom_score_adj)?;
-        Ok((self.channel, peer.into_pidfd()))
+        Ok((self.channel, peer.into_pidfd(), pid))
     }
 }

@@ -100,6 +100,11 @@ fn annotations(set: &PackageSet, tenant: &str, wanted: &Wanted) -> BTreeMap<Stri
     .map(|(key, value)| (key.to_owned(), value))
     .into_iter()
     .chain(wanted.version.ancestors_annotation())
+    .chain(
+        wanted
+            .is_extended
+            .then(|| (annotation::EXTENDED.to_owned(), "true".to_owned())),
+    )
     .collect()
 }
 

@@ -19,6 +19,8 @@ pub struct Found {
     pub ancestors: Vec<PackageSet>,
     /// The ConfigMap with the requirements of the nearest.
     pub parent_config_map: Option<ConfigMap>,
+    /// Whether others extend it.
+    pub is_extended: bool,
     /// The DaemonSet.
     pub pool: Option<DaemonSet>,
     /// Its pods, those of former versions among them.
@@ -85,6 +87,8 @@ pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<F
         Some(name) => context.get(&namespace, name).await?,
         None => None,
     };
+    let all = context.all::<PackageSet>(&namespace).await?;
+    let is_extended = all.iter().any(|one| parent(&one.spec) == Some(&name));
     let pool = context.get(&namespace, &name).await?;
     let pods = context.list(&namespace, POOL_LABEL, &name).await?;
     Ok(Some(Found {
@@ -92,6 +96,7 @@ pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<F
         config_map,
         ancestors,
         parent_config_map,
+        is_extended,
         pool,
         pods,
     }))

@@ -24,7 +24,7 @@ pub async fn run(context: Arc<Context>) {
         .owns::<Meta<DaemonSet>>()
         .owns::<Meta<Pod>>()
         .names::<Meta<ConfigMap>>(|set, name| dereference::config_map(&set.spec) == Some(name))
-        .names::<PackageSet>(|set, name| dereference::parent(&set.spec) == Some(name))
+        .names_its_kind(|set| dereference::parent(&set.spec))
         .run()
         .await;
 }

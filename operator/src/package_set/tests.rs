@@ -235,7 +235,18 @@ async fn what_cannot_be_extended_is_said_with_what_to_do() {
     server.put(extending("base", "science", LINE));
     let (_, reason, message) = parent_ready(&server).await;
     assert_eq!(reason, "Cycle");
-    assert!(message.contains("base comes back to science"), "{message}");
+    assert!(
+        message.contains("science extends base comes back to science"),
+        "{message}"
+    );
+    server.put(extending("base", "other", LINE));
+    server.put(extending("other", "base", LINE));
+    let (_, reason, message) = parent_ready(&server).await;
+    assert_eq!(reason, "Cycle");
+    assert!(
+        message.contains("science extends base extends other comes back to base"),
+        "{message}"
+    );
 
     for depth in 0..8 {
         let (name, parent) = match depth {
@@ -271,6 +282,29 @@ async fn what_cannot_be_extended_is_said_with_what_to_do() {
         message.contains("its package six==1.16.0 is among the requirements as six==1.17.0"),
         "{message}"
     );
+}
+
+#[tokio::test]
+async fn only_zygotes_that_others_extend_may_have_children() {
+    let server = server();
+    let extended = |server: &Server| {
+        let pool = server.get("daemonsets", "science").unwrap();
+        pool["spec"]["template"]["metadata"]["annotations"]["sock.dev/extended"].clone()
+    };
+    reconciled(&server).await;
+    assert_eq!(extended(&server), Value::Null);
+    server.put(extending("child", "science", LINE));
+    reconciled(&server).await;
+    assert_eq!(extended(&server), json!("true"));
+    // To take it back would be to make the zygote anew for nothing.
+    server.remove("packagesets", "child");
+    reconciled(&server).await;
+    assert_eq!(extended(&server), json!("true"));
+    server.edit("packagesets", "science", |set| {
+        set["spec"]["imports"] = json!(["six", "json"])
+    });
+    reconciled(&server).await;
+    assert_eq!(extended(&server), Value::Null);
 }
 
 #[tokio::test]

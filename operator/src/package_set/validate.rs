@@ -7,7 +7,7 @@ use sock_lock::Lock;
 
 use super::dereference::{Found, MOST_ANCESTORS};
 use crate::condition::{Finding, find};
-use crate::contract::Version;
+use crate::contract::{Version, annotation};
 
 /// What is to be kept warm.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -16,6 +16,8 @@ pub struct Wanted {
     pub requirements: String,
     /// The version that it makes, with image and imports.
     pub version: Version,
+    /// Whether its zygotes have children.
+    pub is_extended: bool,
 }
 
 /// Reads the requirements and looks at what it extends; the error is the condition that says what to mend.
@@ -33,7 +35,19 @@ pub fn validate(set: &PackageSet, found: &Found) -> Result<Wanted, Finding> {
     );
     Ok(Wanted {
         requirements: lock.requirements,
+        is_extended: found.is_extended || was_extended(found, &version),
         version,
+    })
+}
+
+/// A zygote that might have children and has none any more is not made anew for that.
+fn was_extended(found: &Found, version: &Version) -> bool {
+    let template = found.pool.as_ref().and_then(|pool| pool.spec.as_ref());
+    let annotations =
+        template.and_then(|spec| spec.template.metadata.as_ref()?.annotations.as_ref());
+    annotations.is_some_and(|annotations| {
+        annotations.get(annotation::DIGEST) == Some(&version.digest)
+            && annotations.contains_key(annotation::EXTENDED)
     })
 }
 
@@ -53,11 +67,13 @@ fn ancestors(set: &PackageSet, lock: &Lock, found: &Found) -> Result<Vec<Ancesto
         return refused("PackageSetMissing", problem);
     };
     let line: Vec<String> = found.ancestors.iter().map(ResourceExt::name_any).collect();
-    if let Some(at) = line.iter().position(|one| *one == set.name_any()) {
+    let whole: Vec<String> = [set.name_any()].into_iter().chain(line.clone()).collect();
+    let again = |at: &usize| whole[..*at].contains(&whole[*at]);
+    if let Some(at) = (1..whole.len()).find(again) {
         let problem = format!(
-            "{} comes back to {}: name a PackageSet that does not extend this one",
-            line[..at].join(" extends "),
-            set.name_any()
+            "{} comes back to {}: name PackageSets that extend each other in one direction",
+            whole[..at].join(" extends "),
+            whole[at]
         );
         return refused("Cycle", problem);
     }
@@ -93,8 +109,10 @@ fn ancestors(set: &PackageSet, lock: &Lock, found: &Found) -> Result<Vec<Ancesto
         digest,
         lock: ready,
     };
+    // That version may still have had more.
     let further = status.ready_ancestors.into_iter();
-    Ok([nearest].into_iter().chain(further).collect())
+    let all = [nearest].into_iter().chain(further);
+    Ok(all.take(MOST_ANCESTORS).collect())
 }
 
 fn requirements(set: &PackageSet, config_map: Option<&ConfigMap>) -> Result<String, Finding> {

@@ -116,11 +116,58 @@ struct Pod {
     user: (u32, u32),
 }
 
+/// Where brokers of one digest listen.
+pub struct Directory {
+    path: PathBuf,
+    /// Whether zygotes there may be used, once that is known.
+    may_be_used: Cell<bool>,
+    /// What was last said against it.
+    reason: RefCell<String>,
+    ask: Box<dyn Fn() -> Result<(), String>>,
+}
+
+impl Directory {
+    /// Of the pod's own zygotes.
+    #[must_use]
+    pub fn own(path: PathBuf) -> Directory {
+        Directory {
+            path,
+            may_be_used: Cell::new(true),
+            reason: RefCell::default(),
+            ask: Box::new(|| Ok(())),
+        }
+    }
+
+    /// Of others, which `ask` says the pod may use, or why not. Asked until it agrees: what it goes by may come to be known later.
+    #[must_use]
+    pub fn of_others(path: PathBuf, ask: impl Fn() -> Result<(), String> + 'static) -> Directory {
+        Directory {
+            path,
+            may_be_used: Cell::new(false),
+            reason: RefCell::default(),
+            ask: Box::new(ask),
+        }
+    }
+
+    fn may_be_used(&self) -> bool {
+        if !self.may_be_used.get() {
+            match (self.ask)() {
+                Ok(()) => self.may_be_used.set(true),
+                Err(reason) if *self.reason.borrow() != reason => {
+                    tracing::warn!(path = %self.path.display(), reason, "zygotes passed over");
+                    self.reason.replace(reason);
+                }
+                Err(_) => {}
+            }
+        }
+        self.may_be_used.get()
+    }
+}
+
 /// The zygotes behind the broker sockets of some directories.
-#[derive(Debug)]
 pub struct Pools {
     /// That of the pod's own zygotes, then those of its ancestors.
-    directories: Vec<PathBuf>,
+    directories: Vec<Directory>,
     pod: Rc<Pod>,
     /// Held while one is looked for, so that several forks at once prepare one root.
     attached: Mutex<Option<Found>>,
@@ -167,6 +214,12 @@ struct Found {
 /// While an ancestor stands in, what is asked for may be there any moment.
 const LOOK_NEARER_AFTER: Duration = Duration::from_secs(1);
 
+fn keep_leaves(container: Option<Rc<Container>>) {
+    if let Some(container) = container {
+        tokio::task::spawn_local(async move { container.keep_leaves().await });
+    }
+}
+
 type GivenUp = Rc<RefCell<Option<(PathBuf, Instant)>>>;
 
 /// A zygote that was given up is not tried again before this.
@@ -182,6 +235,7 @@ struct Attached {
     listening: AbortHandle,
     abandoned: Cell<bool>,
     given_up: GivenUp,
+    container: Option<Rc<Container>>,
 }
 
 impl Pools {
@@ -190,7 +244,7 @@ impl Pools {
     /// # Errors
     /// When the setup cannot be written to a memory file.
     pub fn new(
-        directories: Vec<PathBuf>,
+        directories: Vec<Directory>,
         mounts: OwnedFd,
         setup: &LeafSetup,
     ) -> Result<Pools, ForkError> {
@@ -225,19 +279,27 @@ impl Pools {
             }
             found.looked = Instant::now();
             nearer_than = found.rank;
-        } else {
-            *attached = None;
+        } else if let Some(before) = attached.take() {
+            before.zygote.part();
         }
         for (rank, directory) in self.directories[..nearer_than].iter().enumerate() {
-            if let Some(zygote) = self.look_in(directory).await {
+            // Quick where there is none: a Function whose ancestors are gone too asks nobody.
+            if !directory.path.is_dir() || !directory.may_be_used() {
+                continue;
+            }
+            if let Some(zygote) = self.look_in(&directory.path).await {
                 if rank > 0 {
-                    tracing::info!(path = %directory.display(), "an ancestor's zygote stands in");
+                    tracing::info!(path = %directory.path.display(), "an ancestor's zygote stands in");
                 }
-                *attached = Some(Found {
+                let found = Found {
                     zygote,
                     rank,
                     looked: Instant::now(),
-                });
+                };
+                // Nobody will hear of the end of the one before, whose leaves go on.
+                if let Some(before) = attached.replace(found) {
+                    before.zygote.part();
+                }
                 break;
             }
         }
@@ -303,13 +365,12 @@ impl Attached {
     ) -> Attached {
         let attachment = Rc::new(attachment);
         let watched = Rc::clone(&attachment);
+        let keeper = container.clone();
         // Reads the zygote's answers beside the forks, and learns of its end while there are none.
         let listening = tokio::task::spawn_local(async move {
             let error = watched.zygote.ended().await;
             tracing::info!(path = %watched.path.display(), %error, "zygote is gone");
-            if let Some(container) = container {
-                tokio::task::spawn_local(async move { container.keep_leaves().await });
-            }
+            keep_leaves(keeper);
         });
         Attached {
             attachment,
@@ -319,6 +380,14 @@ impl Attached {
             listening: listening.abort_handle(),
             abandoned: Cell::new(false),
             given_up,
+            container,
+        }
+    }
+
+    /// Another takes its place while it may live on.
+    fn part(&self) {
+        if !self.listening.is_finished() {
+            keep_leaves(self.container.clone());
         }
     }
 

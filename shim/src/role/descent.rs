@@ -3,30 +3,41 @@
 //! The container's first process is then a holder, as of a Function, and the zygote a process that comes into it. If there is
 //! nobody to descend from, the zygote is started by itself and imports everything: that takes longer and shares nothing.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxNamespaceType;
+use sock_sandbox::cgroup::follow;
 use sock_sandbox::{Outer, UserMapping, namespace};
 use sock_zygote::protocol::{ZygoteEntry, ZygoteFd};
 use sock_zygote::{Attachment, Channel, EntryFds, Newborn, SealedSetup};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{CACHE, POOLS, PoolConfig};
+use crate::activation::Ancestor;
 use crate::container::Container;
 use crate::locks;
 use crate::task::Failure;
 
-/// The parent's pool may start at the same moment. kubelet waits for the creation of a container for 120 s.
-const PARENT_WITHIN: Duration = Duration::from_secs(60);
+/// The parent's pool may start at the same moment. What is waited here is not there for the imports.
+const PARENT_WITHIN: Duration = Duration::from_secs(30);
 /// Between two looks for the parent.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// The same by a zygote that has begun without one.
+const LOOK_SELDOM: Duration = Duration::from_secs(30);
 /// From the request to the child that waits.
 const BORN_WITHIN: Duration = Duration::from_secs(5);
 /// From there into the container.
 const ENTERED_WITHIN: Duration = Duration::from_secs(10);
+
+thread_local! {
+    /// Brokers of parents whose children did not get into their containers here: another would not either.
+    static FAILED: RefCell<HashSet<PathBuf>> = RefCell::default();
+}
 
 /// A child of another pool's zygote, on its way.
 pub struct Descent {
@@ -35,69 +46,40 @@ pub struct Descent {
     directory: PathBuf,
 }
 
+/// Why a zygote is started by itself.
+enum Alone {
+    /// There is nobody now.
+    Nobody(String),
+    /// That will not change.
+    Never(String),
+}
+
 impl Descent {
     /// Has a child forked, if the PackageSet extends another and the child may be: its lock has to hold the parent's.
     /// Yields where its namespaces are to be nested.
     pub async fn begin(config: &PoolConfig, user: UserMapping) -> Option<(Descent, Outer)> {
         let parent = config.parent.as_ref()?;
-        let name = &config.name;
-        let alone = |reason: &dyn std::fmt::Display| {
-            tracing::warn!(
-                package_set = name.package_set,
-                parent = parent.digest,
-                %reason,
-                "imports everything by itself"
-            );
-        };
         let until = Instant::now() + PARENT_WITHIN;
-        let directory = parent.pools(&name.tenant, Path::new(POOLS));
-        let attachment = loop {
-            match sock_zygote::attach(&directory).await {
-                Ok(Some(found)) => break found,
-                Ok(None) if Instant::now() < until => sleep(LOOK_AGAIN).await,
-                Ok(None) => {
-                    alone(&"there is no zygote of what it extends on this node");
-                    return None;
-                }
-                Err(error) => {
-                    alone(&error);
-                    return None;
-                }
+        let reason = loop {
+            match born(config, parent, user).await {
+                Ok(found) => return Some(found),
+                // A parent that has no children yet may be about to be replaced by one that has.
+                Err(Alone::Nobody(_)) if Instant::now() < until => sleep(LOOK_AGAIN).await,
+                Err(Alone::Nobody(reason) | Alone::Never(reason)) => break reason,
             }
         };
-        // Only now: an entry that the parent's pool is to install may have been missing.
-        if let Err(reason) = locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent)
-        {
-            alone(&reason);
-            return None;
-        }
-        if (attachment.uid, attachment.gid) != (user.uid, user.gid) {
-            alone(&"the zygote of what it extends runs as another user");
-            return None;
-        }
-        let born = async {
-            let newborn = attachment.zygote.fork_zygote().await?;
-            let (user, pid) = newborn.namespaces(attachment.user_namespace.as_fd())?;
-            Ok::<_, sock_zygote::Error>((newborn, Outer { user, pid }))
-        };
-        match timeout(BORN_WITHIN, born).await {
-            Ok(Ok((newborn, outer))) => {
-                let descent = Descent {
-                    newborn,
-                    parent: attachment,
-                    directory,
-                };
-                Some((descent, outer))
-            }
-            Ok(Err(error)) => {
-                alone(&error);
-                None
-            }
-            Err(_) => {
-                alone(&"the zygote of what it extends does not answer");
-                None
-            }
-        }
+        tracing::warn!(
+            package_set = config.name.package_set,
+            parent = parent.digest,
+            reason,
+            "imports everything by itself"
+        );
+        None
+    }
+
+    /// It cannot get where it should: the next of this parent's is not tried.
+    pub fn give_up(&self) {
+        FAILED.with_borrow_mut(|failed| failed.insert(self.parent.path.clone()));
     }
 
     /// Brings the child into its container. Yields its channel, its process, and what tells of the parent's end.
@@ -105,6 +87,19 @@ impl Descent {
     /// # Errors
     /// It does not get there.
     pub async fn enter(
+        self,
+        container: &Container,
+        streams: (BorrowedFd<'_>, BorrowedFd<'_>),
+    ) -> Result<(Channel, OwnedFd, Parent), Failure> {
+        let path = self.parent.path.clone();
+        let entered = self.try_to_enter(container, streams).await;
+        if entered.is_err() {
+            FAILED.with_borrow_mut(|failed| failed.insert(path));
+        }
+        entered
+    }
+
+    async fn try_to_enter(
         self,
         container: &Container,
         (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
@@ -158,7 +153,7 @@ impl Descent {
         let score = process.and_then(oci_spec::runtime::Process::oom_score_adj);
         let entering = self.newborn.enter(&entry, &fds).map_err(Failure::unknown)?;
         let entered = timeout(ENTERED_WITHIN, entering.entered(&directory, score)).await;
-        let (control, pidfd) = entered
+        let (control, pidfd, pid) = entered
             .map_err(|_| {
                 Failure::unknown(format!(
                     "the zygote did not enter its container within {} s",
@@ -166,11 +161,75 @@ impl Descent {
                 ))
             })?
             .map_err(Failure::unknown)?;
+        // Where version 1 has the controllers it is in its parent's systemd scope still, and would end with that.
+        if let Err(error) = follow(init, &[pid]) {
+            tracing::warn!(%error, "the zygote may be killed with the pod of what it extends");
+        }
         let parent = Parent {
             attachment: Rc::new(self.parent),
             directory: self.directory,
         };
         Ok((control, pidfd, parent))
+    }
+}
+
+async fn born(
+    config: &PoolConfig,
+    parent: &Ancestor,
+    user: UserMapping,
+) -> Result<(Descent, Outer), Alone> {
+    let nobody = |reason: &dyn std::fmt::Display| Alone::Nobody(reason.to_string());
+    let name = &config.name;
+    let directory = parent.pools(&name.tenant, Path::new(POOLS));
+    let found = sock_zygote::attach(&directory)
+        .await
+        .map_err(|e| nobody(&e))?;
+    let attachment =
+        found.ok_or_else(|| nobody(&"there is no zygote of what it extends on this node"))?;
+    if FAILED.with_borrow(|failed| failed.contains(&attachment.path)) {
+        return Err(Alone::Never(
+            "a child of that zygote did not get into its container".into(),
+        ));
+    }
+    // Only now: an entry that the parent's pool is to install may have been missing.
+    locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent).map_err(Alone::Never)?;
+    if (attachment.uid, attachment.gid) != (user.uid, user.gid) {
+        let reason = "the zygote of what it extends runs as another user";
+        return Err(Alone::Never(reason.into()));
+    }
+    let born = async {
+        let newborn = attachment.zygote.fork_zygote().await?;
+        let (user, pid) = newborn.namespaces(attachment.user_namespace.as_fd())?;
+        Ok::<_, sock_zygote::Error>((newborn, Outer { user, pid }))
+    };
+    let born = timeout(BORN_WITHIN, born).await;
+    let born = born.map_err(|_| nobody(&"the zygote of what it extends does not answer"))?;
+    let (newborn, outer) = born.map_err(|e| nobody(&e))?;
+    let descent = Descent {
+        newborn,
+        parent: attachment,
+        directory,
+    };
+    Ok((descent, outer))
+}
+
+/// In a pool whose zygote imported everything by itself: waits until there is one that it could descend from.
+pub async fn until_it_could(config: &PoolConfig) {
+    let Some(parent) = &config.parent else {
+        return std::future::pending().await;
+    };
+    let name = &config.name;
+    let directory = parent.pools(&name.tenant, Path::new(POOLS));
+    loop {
+        sleep(LOOK_SELDOM).await;
+        let found = sock_zygote::attach(&directory).await.ok().flatten();
+        let could = found.is_some_and(|found| {
+            !FAILED.with_borrow(|failed| failed.contains(&found.path))
+                && locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent).is_ok()
+        });
+        if could {
+            return;
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -15,8 +15,8 @@ use sock_zygote::protocol::{LeafSetup, Rlimit};
 
 use super::{CACHE, POOLS, SITE_PACKAGES, add_payload, packages};
 use crate::activation::{
-    Activation, BelowContainer, FunctionConfig, Interpreter, LeafCgroup, Local, Output, Pools,
-    Streams, Surroundings, ZygoteName, Zygotes,
+    Activation, BelowContainer, Directory, FunctionConfig, Interpreter, LeafCgroup, Local, Output,
+    Pools, Streams, Surroundings, ZygoteName, Zygotes,
 };
 use crate::children::Claim;
 use crate::container::Container;
@@ -114,17 +114,17 @@ impl FunctionContainer {
     }
 
     /// Where zygotes are that this Function may use: its own, and ancestors that hold no package which is not its own.
-    fn directories(&self, name: &ZygoteName) -> Vec<PathBuf> {
-        let mut directories = vec![name.pools(Path::new(POOLS))];
-        for ancestor in &self.config.ancestors {
-            match locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, ancestor) {
-                Ok(()) => directories.push(ancestor.pools(&name.tenant, Path::new(POOLS))),
-                Err(reason) => {
-                    tracing::warn!(ancestor = ancestor.digest, reason, "passed over");
-                }
-            }
-        }
-        directories
+    fn directories(&self, name: &ZygoteName) -> Vec<Directory> {
+        let own = Directory::own(name.pools(Path::new(POOLS)));
+        let others = self.config.ancestors.iter().map(|ancestor| {
+            let path = ancestor.pools(&name.tenant, Path::new(POOLS));
+            let (tenant, lock, ancestor) =
+                (name.tenant.clone(), name.lock.clone(), ancestor.clone());
+            Directory::of_others(path, move || {
+                locks::may_descend(Path::new(CACHE), &tenant, &lock, &ancestor)
+            })
+        });
+        [own].into_iter().chain(others).collect()
     }
 
     /// Stops accepting and lets requests finish. Returns when no leaf is left.

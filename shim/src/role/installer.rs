@@ -115,7 +115,8 @@ impl Installer {
     }
 }
 
-/// What is to be installed. Where it comes from, a volume of kubelet's, only root can write to.
+/// What is to be installed. In a volume of the operator's only root can write; were it another, no link leads out of it and
+/// nothing in it is waited for.
 fn lock(
     spec: &Spec,
     annotations: &HashMap<String, String>,
@@ -129,13 +130,10 @@ fn lock(
     let mount = mounts
         .filter(|mount| mount.destination() == Path::new(directory))
         .find_map(|mount| mount.source().as_ref());
-    let path = mount
-        .ok_or_else(|| Failure::invalid(format!("no volume is mounted at {directory}")))?
-        .join(file);
-    let mut requirements = String::new();
-    std::fs::File::open(&path)?
-        .take(MOST_REQUIREMENTS)
-        .read_to_string(&mut requirements)?;
+    let mount =
+        mount.ok_or_else(|| Failure::invalid(format!("no volume is mounted at {directory}")))?;
+    let requirements = read_below(mount, file)
+        .map_err(|e| Failure::invalid(format!("read {file} in the volume at {directory}: {e}")))?;
     let lock = Lock {
         image: image.clone(),
         requirements,
@@ -148,6 +146,27 @@ fn lock(
     Ok(Some(lock))
 }
 
+fn read_below(directory: &Path, file: &str) -> std::io::Result<String> {
+    use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = openat(CWD, directory, flags, Mode::empty())?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = openat2(
+        &directory,
+        file,
+        flags,
+        Mode::empty(),
+        ResolveFlags::BENEATH,
+    )?;
+    let file = std::fs::File::from(file);
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("it is no file"));
+    }
+    let mut text = String::new();
+    file.take(MOST_REQUIREMENTS).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// After a crash of the shim: removes what a container was installing.
 pub fn discard_staging(container: &str) {
     for tenant in std::fs::read_dir(CACHE).into_iter().flatten().flatten() {
@@ -155,5 +174,32 @@ pub fn discard_staging(container: &str) {
         if staging.exists() {
             let _ = std::fs::remove_dir_all(staging);
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::read_below;
+
+    #[test]
+    fn requirements_are_read_as_kubelet_lays_them_out_and_in_no_other_way() {
+        let volume = tempfile::tempdir().unwrap();
+        let at = |name: &str| volume.path().join(name);
+        std::fs::create_dir(at("..2026")).unwrap();
+        std::fs::write(at("..2026/requirements.txt"), "six==1.0").unwrap();
+        std::os::unix::fs::symlink("..2026", at("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/requirements.txt", at("requirements.txt")).unwrap();
+        assert_eq!(
+            read_below(volume.path(), "requirements.txt").unwrap(),
+            "six==1.0"
+        );
+        std::os::unix::fs::symlink("/etc/passwd", at("out")).unwrap();
+        assert!(read_below(volume.path(), "out").is_err());
+        let pipe = std::ffi::CString::new(at("pipe").to_str().unwrap()).unwrap();
+        // SAFETY: a C string.
+        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o644) }, 0);
+        assert!(read_below(volume.path(), "pipe").is_err());
+        assert!(read_below(volume.path(), "..2026").is_err());
     }
 }

@@ -300,6 +300,8 @@ pub struct PoolConfig {
     pub setup: ZygoteSetup,
     /// What the PackageSet extends, if it does.
     pub parent: Option<Ancestor>,
+    /// Whether others extend it.
+    pub is_extended: bool,
     /// Where the shim answers `GET /status`.
     pub status_port: u16,
 }
@@ -350,6 +352,16 @@ impl PoolConfig {
             name,
             setup,
             parent: ancestors.into_iter().next(),
+            is_extended: match annotations.get("sock.dev/extended").map(String::as_str) {
+                None | Some("false") => false,
+                Some("true") => true,
+                Some(other) => {
+                    return Err(Failure::invalid(format!(
+                        "annotation sock.dev/extended: {}: give true or false",
+                        shown(other)
+                    )));
+                }
+            },
             status_port: number("status-port", 9464, 1..=65535)?,
         })
     }
@@ -419,6 +431,7 @@ mod tests {
             ("accepted-threads", &long),
             ("spares", &long),
             ("status-port", &long),
+            ("extended", &long),
             ("warm-up", &long),
             ("digest", &long),
         ] {

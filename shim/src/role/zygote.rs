@@ -17,12 +17,13 @@ use oci_spec::runtime::{
 };
 use serde_json::json;
 use sock_sandbox::root::Root;
-use sock_sandbox::{HolderKind, Launched, Plan, Program, Stdio, UserMapping, namespace};
+use sock_sandbox::{HolderKind, Launched, Outer, Plan, Program, Stdio, UserMapping, namespace};
 use sock_zygote::{Broker, Warm, Zygote};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::Instant;
 
-use super::descent::{Descent, Parent};
+use super::descent::{self, Descent, Parent};
 use super::{POOLS, PoolConfig, add_env, add_payload, packages};
 use crate::activation::{End, Shortage};
 use crate::children::Claim;
@@ -31,8 +32,12 @@ use crate::process::{Process, run_program};
 use crate::status::StatusServer;
 use crate::task::Failure;
 
-/// From the start of the interpreter to the last import. kubelet gives up after 120 s.
+/// From the start of the interpreter to the last import.
 const WARM_WITHIN: Duration = Duration::from_secs(90);
+/// The same from the container's creation. kubelet gives up after 120 s.
+const READY_WITHIN: Duration = Duration::from_secs(110);
+/// Making namespaces takes milliseconds, unless somebody in those around them interferes.
+const MADE_WITHIN: Duration = Duration::from_secs(10);
 /// Between the end of a process's channel and its own.
 const REAPED_WITHIN: Duration = Duration::from_secs(2);
 
@@ -48,16 +53,20 @@ const FORKING: [&str; 5] = [
 const OWN: libc::c_int =
     libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
 /// Namespaces that are joined: the zygote's own after a fork, the pod's empty network.
-const JOINED: [libc::c_int; 7] = [
-    libc::CLONE_NEWPID,
-    libc::CLONE_NEWNET,
-    // By a child that becomes a zygote: only namespaces that are nested in its parent's let it in.
+const JOINED: [libc::c_int; 2] = [libc::CLONE_NEWPID, libc::CLONE_NEWNET];
+/// The same where others extend the PackageSet: by children that become zygotes. Only what is nested in their parent's lets them
+/// in; but who enters a user namespace has every capability there, whatever it does with them, and so this is for
+/// those alone who need it.
+const JOINED_BY_CHILDREN: [libc::c_int; 5] = [
     libc::CLONE_NEWUSER,
     libc::CLONE_NEWNS,
     libc::CLONE_NEWIPC,
     libc::CLONE_NEWUTS,
     libc::CLONE_NEWCGROUP,
 ];
+/// What a zygote's sockets are for: some code asks for one when it is imported, and leaves have theirs made by the shim. Others
+/// (packets, netfilter) would be of use to nobody but who has gained capabilities.
+const FAMILIES: [libc::c_int; 3] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
 /// To whom user namespaces nested in a zygote's belong; nobody runs as this user. Above those of tenants
 /// (`docs/design.md`, "Annotations").
 const OWNER: u32 = 2_000_000_000;
@@ -65,12 +74,15 @@ const OWNER: u32 = 2_000_000_000;
 /// A pool's container.
 pub struct ZygoteContainer {
     config: PoolConfig,
+    begun: Instant,
     user: UserMapping,
     holder: RefCell<Option<NamespaceHolder>>,
     origin: RefCell<Option<Origin>>,
     /// What a zygote that descends from another writes goes here.
     output: RefCell<Option<(OwnedFd, OwnedFd)>>,
     following: RefCell<Option<tokio::task::AbortHandle>>,
+    /// The zygote, if it is not the container's first process.
+    zygote: RefCell<Option<Rc<Follower>>>,
     serving: RefCell<Option<tokio::task::AbortHandle>>,
     status: RefCell<Option<StatusServer>>,
 }
@@ -112,11 +124,13 @@ impl ZygoteContainer {
         let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
         Ok(Self {
             config,
+            begun: Instant::now(),
             user,
             holder: RefCell::default(),
             origin: RefCell::default(),
             output: RefCell::default(),
             following: RefCell::default(),
+            zygote: RefCell::default(),
             serving: RefCell::default(),
             status: RefCell::default(),
         })
@@ -143,7 +157,6 @@ impl ZygoteContainer {
     /// # Errors
     /// The kernel refuses, for instance user namespaces.
     pub async fn isolate(&self, spec: &mut Spec, id: &str) -> Result<Option<OwnedFd>, Failure> {
-        let (descent, outer) = Descent::begin(&self.config, self.user).await.unzip();
         let mut own = Spec::default();
         own.set_mounts(None).set_hostname(spec.hostname().clone());
         let mut process = spec.process().clone().unwrap_or_default();
@@ -170,42 +183,26 @@ impl ZygoteContainer {
             .set_namespaces(Some(fresh.map_err(Failure::unknown)?))
             .set_sysctl(None);
         own.set_linux(Some(linux));
-        let launched = sock_sandbox::launch(Plan {
-            spec: &own,
-            root: Root::Empty,
-            program: Program::Holder(HolderKind::Descendants),
-            stdio: Stdio::default(),
-            extra: Vec::new(),
-            mapping: Some(self.user),
-            outer,
-            nodev_root: false,
-            cgroups: Vec::new(),
-        })?;
-        let _claim = Claim::new(launched.pid);
-        crate::home::keep_out(launched.pid);
-        record(id, launched.pid)?;
-        let made = async {
-            if let Some(e) = run_program(&launched).await? {
-                return Err(Failure::unknown(format!(
-                    "namespaces of the zygote: {e}: this node may forbid user namespaces"
-                )));
+        let mut descent = None;
+        let mut made = None;
+        if let Some((child, outer)) = Descent::begin(&self.config, self.user).await {
+            match self.hold(&own, id, Some(outer)).await {
+                Ok(holder) => {
+                    descent = Some(child);
+                    made = Some(holder);
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no namespaces within those of what it extends: imports everything by itself");
+                    child.give_up();
+                }
             }
-            Ok(namespace::of_process(launched.pid, "user")?)
+        }
+        let holder = match made {
+            Some(holder) => holder,
+            None => self.hold(&own, id, None).await?,
         };
-        let made: Result<OwnedFd, Failure> = made.await;
-        let user = match made {
-            Ok(user) => user,
-            Err(e) => {
-                // SAFETY: ends a child that is not reaped before this function returns.
-                unsafe { libc::kill(launched.pid, libc::SIGKILL) };
-                return Err(e);
-            }
-        };
-        let pid = launched.pid;
-        *self.holder.borrow_mut() = Some(NamespaceHolder {
-            process: launched,
-            user,
-        });
+        let pid = holder.process.pid;
+        *self.holder.borrow_mut() = Some(holder);
 
         let (origin, theirs) = match descent {
             Some(descent) => (Origin::Descent(Box::new(descent)), None),
@@ -248,7 +245,13 @@ impl ZygoteContainer {
         if let Some(seccomp) = linux.seccomp().clone() {
             let mut seccomp = seccomp;
             let mut calls = seccomp.syscalls().clone().unwrap_or_default();
-            calls.extend(forking()?);
+            for call in &mut calls {
+                let others = call.names().iter().filter(|name| *name != "socket");
+                let others: Vec<String> = others.cloned().collect();
+                call.set_names(others);
+            }
+            calls.retain(|call| !call.names().is_empty());
+            calls.extend(forking(self.config.is_extended)?);
             seccomp.set_syscalls(Some(calls));
             linux.set_seccomp(Some(seccomp));
         }
@@ -264,6 +267,51 @@ impl ZygoteContainer {
                 .set_terminal(Some(false));
         }
         Ok(theirs)
+    }
+
+    /// Makes a holder of namespaces, nested in those of another zygote if there is one.
+    async fn hold(
+        &self,
+        spec: &Spec,
+        id: &str,
+        outer: Option<Outer>,
+    ) -> Result<NamespaceHolder, Failure> {
+        let is_nested = outer.is_some();
+        let process = sock_sandbox::launch(Plan {
+            spec,
+            root: Root::Empty,
+            program: Program::Holder(HolderKind::Descendants),
+            stdio: Stdio::default(),
+            extra: Vec::new(),
+            mapping: Some(self.user),
+            outer,
+            nodev_root: false,
+            cgroups: Vec::new(),
+        })?;
+        // A nested one is the child of the holder around it.
+        let _claim = (!is_nested).then(|| Claim::new(process.pid));
+        crate::home::keep_out(process.pid);
+        let made = async {
+            record(id, process.pid)?;
+            let ran = tokio::time::timeout(MADE_WITHIN, run_program(&process)).await;
+            let problem = match ran {
+                Ok(ran) => ran?.map(|e| e.to_string()),
+                Err(_) => Some(format!("not made within {} s", MADE_WITHIN.as_secs())),
+            };
+            if let Some(problem) = problem {
+                return Err(Failure::unknown(format!(
+                    "namespaces of the zygote: {problem}: this node may forbid user namespaces"
+                )));
+            }
+            Ok(namespace::of_process(process.pid, "user")?)
+        };
+        match made.await {
+            Ok(user) => Ok(NamespaceHolder { process, user }),
+            Err(e) => {
+                signal(&process.pidfd, libc::SIGKILL);
+                Err(e)
+            }
+        }
     }
 
     /// After the interpreter runs: waits until it is a zygote, then lets Functions' shims find it.
@@ -302,6 +350,7 @@ impl ZygoteContainer {
                     .await
                     .map_err(|e| refused(&e))?;
                 let process = Rc::new(Follower::new(pidfd)?);
+                *self.zygote.borrow_mut() = Some(Rc::clone(&process));
                 let end = async {
                     process.ended().await;
                     process.end(container)
@@ -345,11 +394,22 @@ impl ZygoteContainer {
             }
         }
         *self.serving.borrow_mut() = Some(serve.abort_handle());
-        if let Some((follower, parent)) = descended {
-            let follow = follow(follower, parent, Rc::clone(container), Rc::clone(process));
-            let task = tokio::task::spawn_local(follow);
-            *self.following.borrow_mut() = Some(task.abort_handle());
-        }
+        let following = match descended {
+            Some((zygote, parent)) => {
+                let follow = follow(zygote, parent, Rc::clone(container), Rc::clone(process));
+                Some(tokio::task::spawn_local(follow))
+            }
+            None if self.config.parent.is_some() => {
+                let (config, process) = (self.config.clone(), Rc::clone(process));
+                Some(tokio::task::spawn_local(async move {
+                    descent::until_it_could(&config).await;
+                    tracing::info!("ends, to descend from the zygote of what it extends");
+                    end(&process, 0);
+                }))
+            }
+            None => None,
+        };
+        *self.following.borrow_mut() = following.map(|task| task.abort_handle());
         Ok(())
     }
 
@@ -367,6 +427,8 @@ impl ZygoteContainer {
         };
         tokio::pin!(ended);
         let setup = &self.config.setup;
+        let begun = Instant::now();
+        let until = (begun + WARM_WITHIN).min(self.begun + READY_WITHIN);
         tokio::select! {
             configured = configured => match configured {
                 // Its channel closes a moment before it can be reaped.
@@ -374,9 +436,9 @@ impl ZygoteContainer {
                 other => other.map_err(|e| e.to_string()),
             },
             end = &mut ended => Err(end),
-            () = tokio::time::sleep(WARM_WITHIN) => {
+            () = tokio::time::sleep_until(until) => {
                 let what: Vec<&str> = setup.imports.iter().map(String::as_str).chain((!setup.warm_up.is_empty()).then_some("warmUp")).collect();
-                Err(format!("{} took more than {} s", what.join(", "), WARM_WITHIN.as_secs()))
+                Err(format!("{} took more than {} s", what.join(", "), (until - begun).as_secs()))
             }
         }
     }
@@ -398,7 +460,14 @@ impl ZygoteContainer {
             });
         }
         // It ends with the last leaf. Reaped here if that is while this shim lives, by its next of kin if not.
-        self.holder.take();
+        let holder = self.holder.take();
+        if let Some(zygote) = self.zygote.take() {
+            // Leaves are the zygote's children as long as it is there: before it has gone it would be the last.
+            tokio::task::spawn_local(async move {
+                let _ = tokio::time::timeout(REAPED_WITHIN, zygote.ended()).await;
+                drop(holder);
+            });
+        }
     }
 }
 
@@ -445,26 +514,34 @@ async fn follow(
             0
         }
     };
-    holder.end_as(status);
-    if let Err(error) = holder.signal(libc::SIGKILL) {
+    end(&holder, status);
+}
+
+/// Ends a container's first process, and says that it ended so.
+fn end(first: &Process, status: u32) {
+    first.end_as(status);
+    if let Err(error) = first.signal(libc::SIGKILL) {
         tracing::warn!(%error, "the container of a zygote that is gone is left");
     }
 }
 
 impl Drop for NamespaceHolder {
     fn drop(&mut self) {
-        let process = std::os::fd::AsRawFd::as_raw_fd(&self.process.pidfd);
-        // SAFETY: sends a signal to a child by descriptor.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                process,
-                libc::SIGTERM,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            )
-        };
+        signal(&self.process.pidfd, libc::SIGTERM);
     }
+}
+
+fn signal(process: &OwnedFd, signal: libc::c_int) {
+    // SAFETY: sends a signal to a process by descriptor.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            std::os::fd::AsRawFd::as_raw_fd(process),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
 }
 
 /// Begin of the names of the files that name holders, for the `delete` command after a crash of the shim.
@@ -521,39 +598,45 @@ pub fn release(sandbox: &Path, id: &str) {
 }
 
 /// What a zygote's profile allows beyond its pod's.
-fn forking() -> Result<Vec<LinuxSyscall>, Failure> {
-    let allow = |names: &[&str], argument: Option<LinuxSeccompArg>| {
+fn forking(is_extended: bool) -> Result<Vec<LinuxSyscall>, Failure> {
+    let allow = |names: &[&str], arguments: Vec<LinuxSeccompArg>| {
         let call = LinuxSyscallBuilder::default()
             .names(names.iter().map(ToString::to_string).collect::<Vec<_>>())
             .action(LinuxSeccompAction::ScmpActAllow);
-        match argument {
-            Some(argument) => call.args(vec![argument]).build(),
-            None => call.build(),
+        match arguments.is_empty() {
+            true => call.build(),
+            false => call.args(arguments).build(),
         }
         .map_err(Failure::unknown)
     };
     let argument = LinuxSeccompArgBuilder::default;
+    let is = |index: usize, value: libc::c_int| {
+        let equal = argument()
+            .index(index)
+            .op(LinuxSeccompOperator::ScmpCmpEq)
+            .value(u64::from(value.unsigned_abs()));
+        equal.build().map_err(Failure::unknown)
+    };
     let only_own = argument()
         .index(0usize)
         .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
         .value(!u64::from(OWN.unsigned_abs()))
         .value_two(0u64);
+    let only_own = only_own.build().map_err(Failure::unknown)?;
     let mut calls = vec![
-        allow(&FORKING, None)?,
+        allow(&FORKING, vec![])?,
+        allow(&["unshare"], vec![only_own])?,
         allow(
-            &["unshare"],
-            Some(only_own.build().map_err(Failure::unknown)?),
+            &["socket"],
+            vec![is(0, libc::AF_NETLINK)?, is(2, libc::NETLINK_ROUTE)?],
         )?,
     ];
-    for kind in JOINED {
-        let this = argument()
-            .index(1usize)
-            .op(LinuxSeccompOperator::ScmpCmpEq)
-            .value(u64::from(kind.unsigned_abs()));
-        calls.push(allow(
-            &["setns"],
-            Some(this.build().map_err(Failure::unknown)?),
-        )?);
+    for family in FAMILIES {
+        calls.push(allow(&["socket"], vec![is(0, family)?])?);
+    }
+    let by_children = JOINED_BY_CHILDREN.iter().filter(|_| is_extended);
+    for kind in JOINED.iter().chain(by_children) {
+        calls.push(allow(&["setns"], vec![is(1, *kind)?])?);
     }
     Ok(calls)
 }

@@ -195,7 +195,7 @@ fn is_same(interpreter: &[(PathBuf, File)]) -> Result<(), End> {
     for (path, ours) in interpreter {
         if !is_equal(path, ours).unwrap_or(false) {
             return Err(End::Failed(format!(
-                "the image has another {} than that of the PackageSet which this one extends: give both the same image",
+                "the image has another {} than the zygote that this one is forked from: where both name the same image, the name has come to mean another one, and the pods of what it extends are to be restarted",
                 path.display()
             )));
         }

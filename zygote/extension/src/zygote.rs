@@ -18,6 +18,7 @@ use sock_zygote_protocol::{
     self as protocol, FromZygote, ModuleImport, Received, ToZygote, ZygoteSetup,
 };
 
+use crate::confine::last_errno;
 use crate::fork::{Error as ForkError, Forker, Side};
 use crate::immortal::immortalize;
 use crate::leaf::{self, Birth};
@@ -397,6 +398,13 @@ impl Zygote {
     }
 
     fn zygote(&self, py: Python<'_>, channel: &OwnedFd) -> Result<(), ForkError> {
+        // Whether a filter forbids it can be seen from what no namespace is wrong with.
+        // SAFETY: fails, as it is given no descriptor.
+        unsafe { libc::setns(-1, libc::CLONE_NEWUSER) };
+        match last_errno() {
+            Errno::BADF => {}
+            errno => return Err(ForkError::Refused("this zygote has no children", errno)),
+        }
         match self.forker.fork_zygote(py, &self.runtime, channel)? {
             Side::Parent => Ok(()),
             Side::Child(control) => descend::run(py, &self.runtime, control, self.forker.threads),

@@ -687,7 +687,7 @@ impl Child {
             stderr: stderr.as_fd(),
         };
         let entering = newborn.enter(&entry, &fds)?;
-        let (control, pidfd) = entering.entered(&cgroup.0, None).await?;
+        let (control, pidfd, _) = entering.entered(&cgroup.0, None).await?;
         let (zygote, warm) = Zygote::configure_over(control, setup).await?;
         let channel = ZygoteChannel::new(zygote.attach()?)?;
         Ok(Child {
