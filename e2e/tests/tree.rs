@@ -8,10 +8,12 @@ use sock_e2e::{Client, MINUTE, Namespace, Node, Process, in_namespace, manifest,
 const WHAT: &str = "
 import os
 import sys
+import time
 BEFORE = [name for name in ('numpy', 'pandas', 'scipy') if name in sys.modules]
 import pandas
 
 def handler(event, context):
+    time.sleep(float(event['query'].get('seconds', 0)))
     return {'before': BEFORE, 'forked': os.getpid() == 1, 'sum': int(pandas.Series([1, 2, 3]).sum())}
 ";
 
@@ -155,7 +157,10 @@ fn an_ancestor_stands_in_for_a_zygote_that_is_gone_and_nobody_notices_the_end_of
         let parent = zygote(namespace, &node, "pandas")?;
         ensure!(depth(&anew)? == depth(&parent)? + 1, "it descends again");
 
-        // The root of all: the others live on, and are made anew below the new one, one after the other.
+        // The root of all: the others live on, and are made anew below the new one, one after the other. What they have forked
+        // goes on, though its zygote ends, and that one's parent has ended before.
+        client.open("long", &address, 8080)?;
+        client.send("long", "/?seconds=45")?;
         let root = zygote(namespace, &node, "numpy")?;
         node.shell(r#"kill -9 "$1""#, &[&root.pid.to_string()])?;
         ensure!(before(&mut client)?.len() == 3);
@@ -176,6 +181,8 @@ fn an_ancestor_stands_in_for_a_zygote_that_is_gone_and_nobody_notices_the_end_of
         until("the Function is forked from all of it", MINUTE, || {
             Ok((before(&mut client)?.len() == 3).then_some(()))
         })?;
+        let long = client.receive("long")?;
+        ensure!(long.text()?.contains("scipy"), "{long:?}");
 
         // Taken away: what descends from it goes on, and says so.
         namespace.kubectl(&["delete", "packageset", "numpy"])?;
