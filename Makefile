@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test-images test clean distclean
+.PHONY: help rust demo bench simulate faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test-images test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -17,6 +17,10 @@ demo: install ## a cluster with sock and the examples, each called and measured 
 bench: install ## figures beside those of peers: a table, and target/bench.json
 	cargo build --locked --release -p sock-bench
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
+
+simulate: rust ## days of requests under different policies for idle leaves: a table, and target/simulate.json; SIMULATE="--days 14"
+	cargo build --locked --release -p sock-bench
+	$(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench simulate $(SIMULATE)
 
 build: rust ## every program, for this machine
 	cargo build --locked --release

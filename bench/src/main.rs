@@ -12,6 +12,7 @@ mod objects;
 mod peers;
 mod progress;
 mod run;
+mod simulate;
 mod stats;
 mod table;
 mod trace;
@@ -26,6 +27,8 @@ const USAGE: &str = "usage:
       the figures, as a table and as JSON
   sock-bench faults [--rounds N] [--only FAULT,FAULT] [--away SECONDS] [--out FILE]
       what each fault costs, and how long until all is whole again; it disturbs the whole cluster
+  sock-bench simulate [--functions N] [--days N] [--seed N] [--trace FILE]... [--out FILE]
+      days of requests under different policies for idle leaves; recorded days (Azure Functions Trace 2019) by --trace, one a file
   sock-bench demo NAMESPACE REQUESTS
       each Function of the namespace that the file REQUESTS has a request for, beside the same code on runc
   sock-bench node JOB
@@ -45,6 +48,7 @@ fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     match arguments.next().as_deref() {
         Some("run") => run::run(&options(arguments)?),
         Some("faults") => faults::run(&faults_options(arguments)?),
+        Some("simulate") => simulate::run(&simulate_options(arguments)?),
         Some("demo") => match (arguments.next(), arguments.next()) {
             (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
             _ => bail!(USAGE),
@@ -89,6 +93,28 @@ fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults:
             "--rounds" => options.rounds = count(&option, &value()?)?,
             "--only" => options.faults = value()?.split(',').map(fault).collect::<Result<_>>()?,
             "--away" => options.away = Duration::from_secs(count(&option, &value()?)? as u64),
+            "--out" => options.out = value()?.into(),
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn simulate_options(mut arguments: impl Iterator<Item = String>) -> Result<simulate::Options> {
+    let mut options = simulate::Options {
+        days: 3,
+        functions: 1000,
+        seed: 1,
+        traces: Vec::new(),
+        out: "target/simulate.json".into(),
+    };
+    while let Some(option) = arguments.next() {
+        let mut value = || value_of(&option, &mut arguments);
+        match &*option {
+            "--days" => options.days = count(&option, &value()?)?,
+            "--functions" => options.functions = count(&option, &value()?)?,
+            "--seed" => options.seed = count(&option, &value()?)? as u64,
+            "--trace" => options.traces.push(value()?.into()),
             "--out" => options.out = value()?.into(),
             _ => bail!("unknown option {option}\n{USAGE}"),
         }

@@ -64,7 +64,9 @@ pub struct UserMapping {
 /// Namespaces in which others are to be nested.
 #[derive(Debug)]
 pub struct Outer {
-    /// The user namespace, which maps [`UserMapping::owner`] and what is to be mapped in the new one.
+    /// The user namespace, whose [`UserMapping::owner`] is this. It maps what is to be mapped in the new one.
+    pub owner: u32,
+    /// Itself.
     pub user: OwnedFd,
     /// The PID namespace, which belongs to it.
     pub pid: OwnedFd,
@@ -305,12 +307,11 @@ enum Birthplace {
     /// By way of a middle process: joining affects only children (pid_namespaces(7)).
     PidNamespace(OwnedFd),
     /// With namespaces of its own nested in others, by way of two: a PID namespace is nested in the one that its maker was
-    /// born into (`copy_pid_ns`, kernel/pid_namespace.c). `owner` is to own the new user namespace;
-    /// its group has to be mapped in the outer one too. The child is no child of the caller: PID 1 of the outer PID
+    /// born into (`copy_pid_ns`, kernel/pid_namespace.c). The owner's
+    /// group has to be mapped in the outer user namespace too. The child is no child of the caller: PID 1 of the outer PID
     /// namespace gets and reaps it, so that one that waits for its last descendant waits for this one.
     Nested {
         outer: Outer,
-        owner: u32,
         group: u32,
     },
 }
@@ -348,11 +349,7 @@ fn fork_child(
             };
         }
         Birthplace::PidNamespace(pids) => (None, pids),
-        Birthplace::Nested {
-            outer,
-            owner,
-            group,
-        } => (Some((outer.user, owner, group)), outer.pid),
+        Birthplace::Nested { outer, group } => (Some((outer.user, outer.owner, group)), outer.pid),
     };
     let (told, tell) = socketpair(
         AddressFamily::UNIX,
@@ -517,19 +514,15 @@ pub fn launch(mut plan: Plan<'_>) -> Result<Launched> {
     };
     let birthplace = match (outer, pid_namespace) {
         (Some(outer), None) => {
-            let ids = mapping.and_then(|mapping| Some((mapping.owner?, mapping.gid)));
-            let ids = ids.filter(|_| wanted.creates(Type::User) && wanted.creates(Type::Pid));
-            let (owner, group) = ids.ok_or_else(|| {
+            let group = mapping.map(|mapping| mapping.gid);
+            let group = group.filter(|_| wanted.creates(Type::User) && wanted.creates(Type::Pid));
+            let group = group.ok_or_else(|| {
                 Error::spec(
                     "linux.namespaces",
-                    "only a new user namespace with an owner and a new PID namespace can be nested",
+                    "only a new user namespace and a new PID namespace can be nested",
                 )
             })?;
-            Birthplace::Nested {
-                outer,
-                owner,
-                group,
-            }
+            Birthplace::Nested { outer, group }
         }
         (Some(_), Some(_)) => {
             return Err(Error::spec(

@@ -698,6 +698,7 @@ fn last_descendant() {
     let nested = held_namespaces_by(
         HolderKind::Descendants,
         Some(Outer {
+            owner: OWNER,
             user: open(outer.pid, "user"),
             pid: open(outer.pid, "pid"),
         }),
@@ -719,6 +720,7 @@ fn nested_namespaces() {
     for _ in 0..3 {
         let outer = all.last().unwrap().pid;
         let nested = held_namespaces(Some(Outer {
+            owner: OWNER,
             user: open(outer, "user"),
             pid: open(outer, "pid"),
         }));
@@ -758,12 +760,11 @@ fn nested_namespaces() {
         )];
         assert_eq!(rustix::event::poll(&mut ended, None).unwrap(), 1);
         // SAFETY: asks after a process that is no child of this one.
-        assert_eq!(
-            unsafe { libc::waitpid(holder.pid, std::ptr::null_mut(), 0) },
-            -1
-        );
+        let reaped = unsafe { libc::waitpid(holder.pid, std::ptr::null_mut(), 0) };
+        assert_eq!(reaped, -1);
     }
     let outer = Outer {
+        owner: OWNER,
         user: fs::File::open("/proc/self/ns/user").unwrap().into(),
         pid: fs::File::open("/proc/self/ns/pid").unwrap().into(),
     };

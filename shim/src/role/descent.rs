@@ -34,6 +34,10 @@ const BORN_WITHIN: Duration = Duration::from_secs(5);
 /// From there into the container.
 const ENTERED_WITHIN: Duration = Duration::from_secs(10);
 
+/// To whom user namespaces nested in a zygote's belong; nobody runs as this user. Above those of tenants
+/// (`docs/design.md`, "Annotations").
+pub const OWNER: u32 = 2_000_000_000;
+
 thread_local! {
     /// Brokers of parents whose children did not get into their containers here: another would not either.
     static FAILED: RefCell<HashSet<PathBuf>> = RefCell::default();
@@ -200,7 +204,14 @@ async fn born(
     let born = async {
         let newborn = attachment.zygote.fork_zygote().await?;
         let (user, pid) = newborn.namespaces(attachment.user_namespace.as_fd())?;
-        Ok::<_, sock_zygote::Error>((newborn, Outer { user, pid }))
+        Ok::<_, sock_zygote::Error>((
+            newborn,
+            Outer {
+                owner: OWNER,
+                user,
+                pid,
+            },
+        ))
     };
     let born = timeout(BORN_WITHIN, born).await;
     let born = born.map_err(|_| nobody(&"the zygote of what it extends does not answer"))?;

@@ -67,9 +67,6 @@ const JOINED_BY_CHILDREN: [libc::c_int; 5] = [
 /// What a zygote's sockets are for: some code asks for one when it is imported, and leaves have theirs made by the shim. Others
 /// (packets, netfilter) would be of use to nobody but who has gained capabilities.
 const FAMILIES: [libc::c_int; 3] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
-/// To whom user namespaces nested in a zygote's belong; nobody runs as this user. Above those of tenants
-/// (`docs/design.md`, "Annotations").
-const OWNER: u32 = 2_000_000_000;
 
 /// A pool's container.
 pub struct ZygoteContainer {
@@ -119,7 +116,7 @@ impl ZygoteContainer {
         let user = spec.process().as_ref().map(|p| UserMapping {
             uid: p.user().uid(),
             gid: p.user().gid(),
-            owner: Some(OWNER),
+            owner: config.is_extended.then_some(descent::OWNER),
         });
         let user = user.ok_or_else(|| Failure::invalid("process is missing"))?;
         Ok(Self {
