@@ -16,6 +16,7 @@ mod simulate;
 mod stats;
 mod table;
 mod trace;
+mod tree;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -27,6 +28,8 @@ const USAGE: &str = "usage:
       the figures, as a table and as JSON
   sock-bench faults [--rounds N] [--only FAULT,FAULT] [--away SECONDS] [--out FILE]
       what each fault costs, and how long until all is whole again; it disturbs the whole cluster
+  sock-bench tree [--out FILE] [--keep]
+      the memory of zygotes that descend from one another, beside one that does not
   sock-bench simulate [--functions N] [--days N] [--seed N] [--trace FILE]... [--out FILE]
       days of requests under different policies for idle leaves; recorded days (Azure Functions Trace 2019) by --trace, one a file
   sock-bench demo NAMESPACE REQUESTS
@@ -48,6 +51,7 @@ fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     match arguments.next().as_deref() {
         Some("run") => run::run(&options(arguments)?),
         Some("faults") => faults::run(&faults_options(arguments)?),
+        Some("tree") => tree::run(&tree_options(arguments)?),
         Some("simulate") => simulate::run(&simulate_options(arguments)?),
         Some("demo") => match (arguments.next(), arguments.next()) {
             (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
@@ -94,6 +98,21 @@ fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults:
             "--only" => options.faults = value()?.split(',').map(fault).collect::<Result<_>>()?,
             "--away" => options.away = Duration::from_secs(count(&option, &value()?)? as u64),
             "--out" => options.out = value()?.into(),
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn tree_options(mut arguments: impl Iterator<Item = String>) -> Result<tree::Options> {
+    let mut options = tree::Options {
+        out: "target/tree.json".into(),
+        keep: false,
+    };
+    while let Some(option) = arguments.next() {
+        match &*option {
+            "--out" => options.out = value_of(&option, &mut arguments)?.into(),
+            "--keep" => options.keep = true,
             _ => bail!("unknown option {option}\n{USAGE}"),
         }
     }

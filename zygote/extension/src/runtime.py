@@ -50,7 +50,7 @@ _own = "<warmUp>"
 
 
 def descend(env):
-    """In a process that was forked from a zygote to become one with more packages. Yields whether hooks are kept still."""
+    """In a process that was forked from a zygote to become one with more packages. Yields whether hooks are kept."""
     global _ZYGOTE, _warm_up
     _ZYGOTE = os.getpid()
     _warm_up = None
