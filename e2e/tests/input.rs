@@ -152,6 +152,10 @@ fn the_api_server_refuses_what_cannot_work_with_field_value_and_remedy() {
             ),
             (set(&json!({"image": ""})), &["image", "at least 1"]),
             (
+                named(set(&json!({"extends": {"name": "itself"}})), "itself"),
+                &["extends.name: itself is this PackageSet"],
+            ),
+            (
                 set(&json!({"spares": 65})),
                 &["spares", "65", "less than or equal to 64"],
             ),
