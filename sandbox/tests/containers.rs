@@ -392,6 +392,12 @@ fn exec_joins() {
     let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
     let cgroup = TestCgroup::new("exec", child.pid, &json!({}));
     go(&child).unwrap();
+    // The shell becomes it.
+    let end = Instant::now() + Duration::from_secs(10);
+    while fs::read(format!("/proc/{}/cmdline", child.pid)).unwrap() != b"sleep\x00100\x00" {
+        assert!(Instant::now() < end, "the program does not get there");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let process = serde_json::from_value(json!({"cwd": "/tmp", "args": ["sh", "-c", "pwd; hostname; cat /proc/1/cmdline; cat >&2; exit 3"], "env": ["PATH=/bin"], "user": {"uid": 5, "gid": 5}})).unwrap();
     let (mut reader, writer) = pipe();
     let (input, input_writer) = pipe();

@@ -282,6 +282,20 @@ pub struct Cgroup {
     scope: Option<String>,
 }
 
+/// One that waits in the kernel for a device stops when that has answered, and is not waited for.
+const STOPPED_WITHIN: Duration = Duration::from_millis(20);
+
+/// Whether a process is stopped, or runs no more, by `/proc/PID/stat` (proc_pid_stat(5)).
+fn rests(pid: i32) -> bool {
+    // A process names itself as it likes, also in bytes that are no text.
+    let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) else {
+        return true;
+    };
+    let name = stat.iter().rposition(|byte| *byte == b')');
+    let state = name.and_then(|end| stat.get(end + 2));
+    state.is_none_or(|state| b"TtZX".contains(state))
+}
+
 impl Cgroup {
     /// The cgroup at a location, which need not exist yet.
     #[must_use]
@@ -556,10 +570,18 @@ impl Cgroup {
             return self.freeze();
         }
         let mut told = BTreeSet::new();
-        // What one forks before it stops is found by the next pass.
-        for _ in 0..20 {
-            if !self.signal_others(Signal::STOP, &mut told)? {
+        let end = Instant::now() + STOPPED_WITHIN;
+        // What one forks before it stops is found by the next pass, once it has stopped: a child is not listed until the system
+        // call that makes it is nearly over (`cgroup_post_fork`, kernel/cgroup/cgroup.c).
+        let mut passes = 0;
+        while passes < 20 {
+            let have_stopped = self.processes()?.into_iter().all(rests);
+            if self.signal_others(Signal::STOP, &mut told)? {
+                passes += 1;
+            } else if have_stopped || Instant::now() > end {
                 return Ok(());
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
             }
         }
         let directory = self.main().unwrap_or(Path::new(""));
