@@ -39,7 +39,7 @@ const ENTERED_WITHIN: Duration = Duration::from_secs(10);
 pub const OWNER: u32 = 2_000_000_000;
 
 thread_local! {
-    /// Brokers of parents whose children did not get into their containers here: another would not either.
+    /// Brokers of parents that had no child for this pod, or one that did not get into its container: another would not either.
     static FAILED: RefCell<HashSet<PathBuf>> = RefCell::default();
 }
 
@@ -54,6 +54,8 @@ pub struct Descent {
 enum Alone {
     /// There is nobody now.
     Nobody(String),
+    /// This one does not have children.
+    Refused(PathBuf, String),
     /// That will not change.
     Never(String),
 }
@@ -67,9 +69,15 @@ impl Descent {
         let reason = loop {
             match born(config, parent, user).await {
                 Ok(found) => return Some(found),
-                // A parent that has no children yet may be about to be replaced by one that has.
-                Err(Alone::Nobody(_)) if Instant::now() < until => sleep(LOOK_AGAIN).await,
+                // A parent that has no children may be about to be replaced by one that has, in another pod.
+                Err(Alone::Nobody(_) | Alone::Refused(..)) if Instant::now() < until => {
+                    sleep(LOOK_AGAIN).await;
+                }
                 Err(Alone::Nobody(reason) | Alone::Never(reason)) => break reason,
+                Err(Alone::Refused(path, reason)) => {
+                    FAILED.with_borrow_mut(|failed| failed.insert(path));
+                    break reason;
+                }
             }
         };
         tracing::warn!(
@@ -192,7 +200,7 @@ async fn born(
         found.ok_or_else(|| nobody(&"there is no zygote of what it extends on this node"))?;
     if FAILED.with_borrow(|failed| failed.contains(&attachment.path)) {
         return Err(Alone::Never(
-            "a child of that zygote did not get into its container".into(),
+            "the zygote of what it extends had no child for this pod before".into(),
         ));
     }
     // Only now: an entry that the parent's pool is to install may have been missing.
@@ -213,9 +221,12 @@ async fn born(
             },
         ))
     };
+    let refused = |reason: &dyn std::fmt::Display| {
+        Alone::Refused(attachment.path.clone(), reason.to_string())
+    };
     let born = timeout(BORN_WITHIN, born).await;
-    let born = born.map_err(|_| nobody(&"the zygote of what it extends does not answer"))?;
-    let (newborn, outer) = born.map_err(|e| nobody(&e))?;
+    let born = born.map_err(|_| refused(&"the zygote of what it extends does not answer"))?;
+    let (newborn, outer) = born.map_err(|e| refused(&e))?;
     let descent = Descent {
         newborn,
         parent: attachment,
