@@ -32,7 +32,7 @@ pub struct Options {
     pub out: PathBuf,
 }
 
-/// What a start takes, in milliseconds: medians of docs/performance.md, for pandas and scikit-learn.
+/// What a start takes, in milliseconds: about the medians of docs/performance.md, for pandas and scikit-learn.
 const WARM: f64 = 0.11;
 const FORKED: f64 = 10.0;
 const INTERPRETER: f64 = 1548.0;
