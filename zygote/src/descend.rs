@@ -60,11 +60,7 @@ impl Newborn {
                 });
             }
         }
-        let pid = hello.credentials.map_or(0, |c| c.pid);
-        let peer = Peer::of(hello.credentials)?.ok_or(Error::Impostor {
-            pid,
-            problem: "has ended",
-        })?;
+        let peer = Peer::living(hello.credentials)?;
         Ok(Newborn { channel, peer })
     }
 
@@ -158,12 +154,9 @@ impl Entering {
                 });
             }
         }
-        let pid = credentials.map_or(0, |c| c.pid);
-        let peer = Peer::of(credentials)?.ok_or(Error::Impostor {
-            pid,
-            problem: "has ended",
-        })?;
+        let peer = Peer::living(credentials)?;
         peer.belongs_to(cgroup, oom_score_adj)?;
+        let pid = peer.pid();
         Ok((self.channel, peer.into_pidfd(), pid))
     }
 }

@@ -39,6 +39,17 @@ impl Peer {
         }
     }
 
+    /// One that has not ended.
+    ///
+    /// # Errors
+    /// [`Error::Impostor`], also for one that has.
+    pub(crate) fn living(credentials: Option<Credentials>) -> Result<Peer> {
+        Peer::of(credentials)?.ok_or(Error::Impostor {
+            pid: credentials.map_or(0, |c| c.pid),
+            problem: "has ended",
+        })
+    }
+
     pub(crate) fn pid(&self) -> i32 {
         self.pid
     }

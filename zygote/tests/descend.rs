@@ -5,35 +5,16 @@
 mod support;
 
 use std::fs;
-use std::io::Write as _;
 use std::os::fd::AsFd as _;
 
 use serde_json::{Value, json};
-use sock_zygote::protocol::ZygoteSetup;
-use sock_zygote::{Error, Event};
-use support::{Child, Container, Function, Pool, connection, reply, shim, until, zygote_setup};
+use sock_zygote::Error;
+use support::{Child, Container, Function, Pool, image, packaged, shim, zygote_setup};
 
-fn image(name: &str, source: &str) -> Container {
-    Container::new(&[(&format!("/packages/{name}.py"), source)], &[])
-}
-
-fn packaged(imports: &[&str]) -> ZygoteSetup {
-    let mut setup = zygote_setup(imports);
-    setup.path = vec!["/packages".into()];
-    setup
-}
-
+/// What a new leaf of a Function answers.
 async fn answer(function: &Function, channel: &sock_zygote::ZygoteChannel, fresh: bool) -> Value {
     let leaf = function.leaf(channel, fresh, None).await.unwrap();
-    let (mut client, served) = connection();
-    client
-        .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        .unwrap();
-    leaf.leaf.serve(1, served.as_fd()).unwrap();
-    until(&leaf.leaf, |e| matches!(e, Event::Done { .. })).await;
-    let reply = reply(&mut client);
-    assert_eq!(reply.status, 200, "{}", reply.text());
-    serde_json::from_slice(&reply.body).unwrap()
+    support::answer(&leaf).await
 }
 
 /// In KiB, of the only process in the child's cgroup that has lived long enough to be it.

@@ -11,9 +11,9 @@ use std::time::Duration;
 use rustix::net::{SendFlags, send};
 use serde_json::Value;
 use sock_zygote::protocol::{self, FromZygote, ToZygote, ZygoteSetup};
-use sock_zygote::{Broker, Error, Event, attach};
+use sock_zygote::{Broker, Error, attach};
 use support::{
-    Container, Function, Pool, Running, USER, connection, reply, shim, until, zygote_setup,
+    Container, Function, Pool, USER, answer, connection, image, packaged, reply, shim, zygote_setup,
 };
 
 const NUMBERS: &str = "
@@ -21,29 +21,6 @@ import random, ssl, os
 def handler(event, context):
     return [random.random(), ssl.RAND_bytes(8).hex(), os.urandom(4).hex()]
 ";
-
-async fn answer(leaf: &Running) -> Value {
-    let (mut client, served) = connection();
-    client
-        .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-        .unwrap();
-    leaf.leaf.serve(1, served.as_fd()).unwrap();
-    until(&leaf.leaf, |e| matches!(e, Event::Done { .. })).await;
-    let reply = reply(&mut client);
-    assert_eq!(reply.status, 200, "{}", reply.text());
-    serde_json::from_slice(&reply.body).unwrap()
-}
-
-fn image(name: &str, source: &str) -> Container {
-    Container::new(&[(&format!("/packages/{name}.py"), source)], &[])
-}
-
-/// To import these, some of which are of the container.
-fn packaged(imports: &[&str]) -> ZygoteSetup {
-    let mut setup = zygote_setup(imports);
-    setup.path = vec!["/packages".into()];
-    setup
-}
 
 /// What a handler answers whose zygote has imported a package of this source.
 async fn answer_beside(setup: &ZygoteSetup, name: &str, source: &str, handler: &str) -> Value {

@@ -28,6 +28,7 @@ use rustix::mount::{
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
+use serde_json::Value;
 use sock_zygote::protocol::{
     self, LeafExtras, LeafSetup, Phase, ZygoteEntry, ZygoteFd, ZygoteSetup,
 };
@@ -931,6 +932,31 @@ pub fn reply(client: &mut TcpStream) -> Reply {
     let mut body = vec![0u8; length];
     client.read_exact(&mut body).unwrap();
     Reply { status, head, body }
+}
+
+/// What a leaf answers.
+pub async fn answer(leaf: &Running) -> Value {
+    let (mut client, served) = connection();
+    client
+        .write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        .unwrap();
+    leaf.leaf.serve(1, served.as_fd()).unwrap();
+    until(&leaf.leaf, |e| matches!(e, Event::Done { .. })).await;
+    let reply = reply(&mut client);
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    serde_json::from_slice(&reply.body).unwrap()
+}
+
+/// A zygote's root with a package of one file.
+pub fn image(name: &str, source: &str) -> Container {
+    Container::new(&[(&format!("/packages/{name}.py"), source)], &[])
+}
+
+/// To import these, some of which are of the container.
+pub fn packaged(imports: &[&str]) -> ZygoteSetup {
+    let mut setup = zygote_setup(imports);
+    setup.path = vec!["/packages".into()];
+    setup
 }
 
 /// The next events until one fits.
