@@ -90,8 +90,8 @@ const EXPECTED: &[(&str, [&str; 4])] = &[
     ("raw socket", ["EPERM", "EPERM", "EPERM", "got"]),
     ("ping socket", ["EPROTONOSUPPORT", "EACCES", "got", "got"]),
     ("packet socket", ["EPERM", "EPERM", "EPERM", "got"]),
-    ("netfilter", ["EPROTONOSUPPORT", "EPERM", "got", "got"]),
-    ("audit", ["EPROTONOSUPPORT", "EPERM", "got", "got"]),
+    ("netfilter", ["EPERM", "EPERM", "got", "got"]),
+    ("audit", ["EPERM", "EPERM", "got", "got"]),
     ("vsock", ["EPERM", "EPERM", "EPERM", "got|EAFNOSUPPORT"]),
     ("link down", ["EPERM", "EPERM", "EPERM", "EPERM"]),
     (
