@@ -385,7 +385,8 @@ fn package_sets(node: &str) -> Vec<Value> {
         .collect()
 }
 
-fn requirements(file: &str) -> Vec<&str> {
+/// The lines of a lock file that name packages.
+pub fn requirements(file: &str) -> Vec<&str> {
     file.lines()
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .collect()

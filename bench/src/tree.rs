@@ -10,6 +10,7 @@ use crate::cluster::{self, Equipped, Node, Pod};
 use crate::measure::weigh;
 use crate::objects;
 use crate::progress::Progress;
+use crate::run::requirements;
 use crate::table::table;
 
 const NAMESPACE: &str = "sock-bench-tree";
@@ -78,10 +79,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn measure(node: &Equipped, progress: &Progress) -> Result<Vec<Weight>> {
-    let lines: Vec<&str> = SCIENCE
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .collect();
+    let lines = requirements(SCIENCE);
     let set = |name: &str, more: Option<&str>, parent: Option<&str>| {
         let imports: Vec<&str> = IMPORTS.into_iter().chain(more).collect();
         let mut spec = json!({

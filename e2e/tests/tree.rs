@@ -61,6 +61,13 @@ fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
     Ok(pool)
 }
 
+/// Of the Function's only pod.
+fn address(namespace: &Namespace) -> Result<String> {
+    let pod = namespace.pod_of("what")?;
+    let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+    Ok(address.to_owned())
+}
+
 fn zygote(namespace: &Namespace, node: &Node, set: &str) -> Result<Process> {
     node.zygote_of(&pool(namespace, set)?)
 }
@@ -85,10 +92,7 @@ fn zygotes_descend_from_each_other_and_share_what_they_have() {
         objects.push(manifest::function("what", "scipy", WHAT));
         namespace.serve("what", &objects)?;
         let mut client = Client::on(&other)?;
-        let address = namespace.pod_of("what")?["status"]["podIP"]
-            .as_str()
-            .context("status.podIP")?
-            .to_owned();
+        let address = address(namespace)?;
         let said = client.get(&address, 8080, "/")?.json()?;
         ensure!(
             said == json!({"before": ["numpy", "pandas", "scipy"], "forked": true, "sum": 6}),
@@ -131,10 +135,7 @@ fn an_ancestor_stands_in_for_a_zygote_that_is_gone_and_nobody_notices_the_end_of
         ));
         namespace.serve("what", &objects)?;
         let mut client = Client::on(&other)?;
-        let address = namespace.pod_of("what")?["status"]["podIP"]
-            .as_str()
-            .context("status.podIP")?
-            .to_owned();
+        let address = address(namespace)?;
         let before = |client: &mut Client| -> Result<Vec<String>> {
             let said = client.get(&address, 8080, "/")?.json()?;
             ensure!(said["forked"] == json!(true), "{said}");

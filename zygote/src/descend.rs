@@ -47,19 +47,7 @@ pub struct EntryFds<'a> {
 
 impl Newborn {
     pub(crate) fn new(channel: Channel, hello: Received<FromZygote>) -> Result<Newborn> {
-        match hello.message {
-            FromZygote::Hello => {}
-            FromZygote::Refused { module, message } => {
-                return Err(Error::Refused { module, message });
-            }
-            other => {
-                return Err(Error::Unexpected {
-                    peer: "zygote",
-                    said: name(&other),
-                    expected: "Hello",
-                });
-            }
-        }
+        expect(&hello.message, "Hello")?;
         let peer = Peer::living(hello.credentials)?;
         Ok(Newborn { channel, peer })
     }
@@ -141,22 +129,26 @@ impl Entering {
             credentials,
             ..
         } = self.channel.receive::<FromZygote>(0).await?;
-        match message {
-            FromZygote::Entered => {}
-            FromZygote::Refused { module, message } => {
-                return Err(Error::Refused { module, message });
-            }
-            other => {
-                return Err(Error::Unexpected {
-                    peer: "zygote",
-                    said: name(&other),
-                    expected: "Entered",
-                });
-            }
-        }
+        expect(&message, "Entered")?;
         let peer = Peer::living(credentials)?;
         peer.belongs_to(cgroup, oom_score_adj)?;
         let pid = peer.pid();
         Ok((self.channel, peer.into_pidfd(), pid))
+    }
+}
+
+/// Whether it says what is due.
+fn expect(message: &FromZygote, due: &'static str) -> Result<()> {
+    match message {
+        FromZygote::Refused { module, message } => Err(Error::Refused {
+            module: module.clone(),
+            message: message.clone(),
+        }),
+        said if name(said) == due => Ok(()),
+        said => Err(Error::Unexpected {
+            peer: "zygote",
+            said: name(said),
+            expected: due,
+        }),
     }
 }

@@ -190,6 +190,7 @@ impl FunctionConfig {
             "accepted-threads",
             "warm-up",
             "image",
+            "extended",
             "status-port",
         ] {
             if get(name).is_some() {

@@ -7,7 +7,6 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::LinuxNamespaceType;
@@ -47,7 +46,14 @@ thread_local! {
 pub struct Descent {
     newborn: Newborn,
     parent: Attachment,
-    directory: PathBuf,
+}
+
+fn has_failed(broker: &Path) -> bool {
+    FAILED.with_borrow(|failed| failed.contains(broker))
+}
+
+fn note_failure(broker: PathBuf) {
+    FAILED.with_borrow_mut(|failed| failed.insert(broker));
 }
 
 /// Why a zygote is started by itself.
@@ -75,7 +81,7 @@ impl Descent {
                 }
                 Err(Alone::Nobody(reason) | Alone::Never(reason)) => break reason,
                 Err(Alone::Refused(path, reason)) => {
-                    FAILED.with_borrow_mut(|failed| failed.insert(path));
+                    note_failure(path);
                     break reason;
                 }
             }
@@ -91,7 +97,7 @@ impl Descent {
 
     /// It cannot get where it should: the next of this parent's is not tried.
     pub fn give_up(&self) {
-        FAILED.with_borrow_mut(|failed| failed.insert(self.parent.path.clone()));
+        note_failure(self.parent.path.clone());
     }
 
     /// Brings the child into its container. Yields its channel, its process, and what tells of the parent's end.
@@ -106,7 +112,7 @@ impl Descent {
         let path = self.parent.path.clone();
         let entered = self.try_to_enter(container, streams).await;
         if entered.is_err() {
-            FAILED.with_borrow_mut(|failed| failed.insert(path));
+            note_failure(path);
         }
         entered
     }
@@ -177,12 +183,35 @@ impl Descent {
         if let Err(error) = follow(init, &[pid]) {
             tracing::warn!(%error, "the zygote may be killed with the pod of what it extends");
         }
-        let parent = Parent {
-            attachment: Rc::new(self.parent),
-            directory: self.directory,
-        };
-        Ok((control, pidfd, parent))
+        Ok((control, pidfd, Parent(self.parent)))
     }
+}
+
+/// The zygote that one may descend from.
+async fn find_parent(
+    config: &PoolConfig,
+    parent: &Ancestor,
+    user: UserMapping,
+) -> Result<Attachment, Alone> {
+    let name = &config.name;
+    let found = sock_zygote::attach(&parent.pools(&name.tenant, Path::new(POOLS)))
+        .await
+        .map_err(|e| Alone::Nobody(e.to_string()))?;
+    let found = found.ok_or_else(|| {
+        Alone::Nobody("there is no zygote of what it extends on this node".into())
+    })?;
+    if has_failed(&found.path) {
+        return Err(Alone::Never(
+            "the zygote of what it extends had no child for this pod before".into(),
+        ));
+    }
+    // Only now: an entry that the parent's pool is to install may have been missing.
+    locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent).map_err(Alone::Never)?;
+    if (found.uid, found.gid) != (user.uid, user.gid) {
+        let reason = "the zygote of what it extends runs as another user";
+        return Err(Alone::Never(reason.into()));
+    }
+    Ok(found)
 }
 
 async fn born(
@@ -190,25 +219,7 @@ async fn born(
     parent: &Ancestor,
     user: UserMapping,
 ) -> Result<(Descent, Outer), Alone> {
-    let nobody = |reason: &dyn std::fmt::Display| Alone::Nobody(reason.to_string());
-    let name = &config.name;
-    let directory = parent.pools(&name.tenant, Path::new(POOLS));
-    let found = sock_zygote::attach(&directory)
-        .await
-        .map_err(|e| nobody(&e))?;
-    let attachment =
-        found.ok_or_else(|| nobody(&"there is no zygote of what it extends on this node"))?;
-    if FAILED.with_borrow(|failed| failed.contains(&attachment.path)) {
-        return Err(Alone::Never(
-            "the zygote of what it extends had no child for this pod before".into(),
-        ));
-    }
-    // Only now: an entry that the parent's pool is to install may have been missing.
-    locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent).map_err(Alone::Never)?;
-    if (attachment.uid, attachment.gid) != (user.uid, user.gid) {
-        let reason = "the zygote of what it extends runs as another user";
-        return Err(Alone::Never(reason.into()));
-    }
+    let attachment = find_parent(config, parent, user).await?;
     let born = async {
         let newborn = attachment.zygote.fork_zygote().await?;
         let (user, pid) = newborn.namespaces(attachment.user_namespace.as_fd())?;
@@ -230,46 +241,39 @@ async fn born(
     let descent = Descent {
         newborn,
         parent: attachment,
-        directory,
     };
     Ok((descent, outer))
 }
 
 /// In a pool whose zygote imported everything by itself: waits until there is one that it could descend from.
-pub async fn until_it_could(config: &PoolConfig) {
+pub async fn until_it_could(config: &PoolConfig, user: UserMapping) {
     let Some(parent) = &config.parent else {
         return std::future::pending().await;
     };
-    let name = &config.name;
-    let directory = parent.pools(&name.tenant, Path::new(POOLS));
     loop {
         sleep(LOOK_SELDOM).await;
-        let found = sock_zygote::attach(&directory).await.ok().flatten();
-        let could = found.is_some_and(|found| {
-            !FAILED.with_borrow(|failed| failed.contains(&found.path))
-                && locks::may_descend(Path::new(CACHE), &name.tenant, &name.lock, parent).is_ok()
-        });
-        if could {
+        if find_parent(config, parent, user).await.is_ok() {
             return;
         }
     }
 }
 
 /// The zygote that another descends from.
-pub struct Parent {
-    attachment: Rc<Attachment>,
-    directory: PathBuf,
-}
+pub struct Parent(Attachment);
 
 impl Parent {
     /// Waits until it has ended and another is there in its place. Its child lives on, but shares memory with nobody
     /// who comes after.
     pub async fn replaced(self) {
-        let error = self.attachment.zygote.ended().await;
+        let error = self.0.zygote.ended().await;
         tracing::info!(%error, "the zygote that this one descends from is gone");
+        // The pools of one digest listen side by side.
+        let Some(directory) = self.0.path.parent() else {
+            return std::future::pending().await;
+        };
         loop {
             sleep(LOOK_AGAIN).await;
-            if let Ok(Some(_)) = sock_zygote::attach(&self.directory).await {
+            if let Ok(Some(_)) = sock_zygote::attach(directory).await {
                 return;
             }
         }

@@ -180,23 +180,19 @@ impl ZygoteContainer {
             .set_namespaces(Some(fresh.map_err(Failure::unknown)?))
             .set_sysctl(None);
         own.set_linux(Some(linux));
-        let mut descent = None;
-        let mut made = None;
+        let mut nested = None;
         if let Some((child, outer)) = Descent::begin(&self.config, self.user).await {
             match self.hold(&own, id, Some(outer)).await {
-                Ok(holder) => {
-                    descent = Some(child);
-                    made = Some(holder);
-                }
+                Ok(holder) => nested = Some((child, holder)),
                 Err(error) => {
                     tracing::warn!(%error, "no namespaces within those of what it extends: imports everything by itself");
                     child.give_up();
                 }
             }
         }
-        let holder = match made {
-            Some(holder) => holder,
-            None => self.hold(&own, id, None).await?,
+        let (descent, holder) = match nested {
+            Some((child, holder)) => (Some(child), holder),
+            None => (None, self.hold(&own, id, None).await?),
         };
         let pid = holder.process.pid;
         *self.holder.borrow_mut() = Some(holder);
@@ -397,9 +393,10 @@ impl ZygoteContainer {
                 Some(tokio::task::spawn_local(follow))
             }
             None if self.config.parent.is_some() => {
-                let (config, process) = (self.config.clone(), Rc::clone(process));
+                let (config, user) = (self.config.clone(), self.user);
+                let process = Rc::clone(process);
                 Some(tokio::task::spawn_local(async move {
-                    descent::until_it_could(&config).await;
+                    descent::until_it_could(&config, user).await;
                     tracing::info!("ends, to descend from the zygote of what it extends");
                     end(&process, 0);
                 }))

@@ -62,12 +62,7 @@ impl Forker {
         runtime: &Runtime,
         channel: &OwnedFd,
     ) -> Result<Side, Error> {
-        if self.threads {
-            // What they have buffered would appear twice.
-            runtime.flush(py);
-            // SAFETY: the GIL is held; the three calls stand where os.fork() makes them.
-            unsafe { PyOS_BeforeFork() };
-        }
+        self.prepare(py, runtime);
         match self.fork_into_own_pids() {
             Ok(0) => {
                 tell_python(self.threads);
@@ -85,16 +80,22 @@ impl Forker {
         runtime: &Runtime,
         channel: &OwnedFd,
     ) -> Result<Side, Error> {
-        if self.threads {
-            runtime.flush(py);
-            // SAFETY: as in `fork`.
-            unsafe { PyOS_BeforeFork() };
-        }
+        self.prepare(py, runtime);
         // SAFETY: libc's own fork, so that its locks and those of pthread_atfork are in order in the child.
         match unsafe { libc::fork() } {
             0 => Ok(Side::Child(self.keep_only_or_end(channel))),
             pid if pid > 0 => self.go_on(Ok(pid)),
             _ => self.go_on(Err(Error::Refused("fork", last_errno()))),
+        }
+    }
+
+    /// What is due before a fork where threads were accepted; elsewhere the child does it ([`tell_python`]).
+    fn prepare(&self, py: Python<'_>, runtime: &Runtime) {
+        if self.threads {
+            // What they have buffered would appear twice.
+            runtime.flush(py);
+            // SAFETY: the GIL is held; the three calls stand where os.fork() makes them.
+            unsafe { PyOS_BeforeFork() };
         }
     }
 
@@ -183,7 +184,7 @@ pub fn tell_python(accepted: bool) {
         // SAFETY: the GIL is held, and no other thread is there to have any lock.
         unsafe { PyOS_BeforeFork() };
     }
-    // SAFETY: as in `Forker::fork`, in the child.
+    // SAFETY: as in `Forker::prepare`, in the child.
     unsafe { PyOS_AfterFork_Child() };
 }
 
