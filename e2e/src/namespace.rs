@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use crate::cluster::{apply, get, kubectl};
+use crate::node::Node;
 use crate::wait::{MINUTE, until};
 
 /// Which pods a namespace admits.
@@ -47,8 +48,14 @@ pub fn in_namespace_of(
         Err(error) => panic!("no namespace for {name}: {error:#}"),
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| test(&namespace)));
-    if !matches!(outcome, Ok(Ok(()))) {
-        println!("{}", namespace.diagnosis());
+    match &outcome {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            // First: what follows is long, and whoever keeps only a part of the output keeps its head.
+            println!("{name}: {error:#}");
+            println!("{}", namespace.diagnosis());
+        }
+        Err(_) => println!("{}", namespace.diagnosis()),
     }
     // Nobody waits for the end of it here; the tests of deletion do.
     let deleted = kubectl(&[
@@ -140,6 +147,22 @@ impl Namespace {
     pub fn serve(&self, function: &str, objects: &[Value]) -> Result<()> {
         self.apply(objects)?;
         self.wait_for(&format!("function/{function}"), "Ready", 3 * MINUTE)
+    }
+
+    /// Waits until a node routes what it sends to a Service, and gives the Service's name in DNS.
+    ///
+    /// A pod that is ready becomes known to the kube-proxy of each node up to a second later, and until then its
+    /// Service refuses connections there: Kubernetes promises no more, and nothing in a pod can.
+    ///
+    /// # Errors
+    /// It does not in time.
+    pub fn routed(&self, service: &str, from: &Node) -> Result<String> {
+        const SCRIPT: &str = r#"iptables-save -t nat | grep -cE -- "--comment \"?$1(:[^ ]*)?\"? .*--to-destination" || true"#;
+        let name = format!("{}/{service}", self.name);
+        until(&format!("{} routes to {name}", from.name), MINUTE, || {
+            Ok((from.shell(SCRIPT, &[&name])?.trim() != "0").then_some(()))
+        })?;
+        Ok(format!("{service}.{}.svc.cluster.local", self.name))
     }
 
     /// The pods of a selector that are not being deleted.

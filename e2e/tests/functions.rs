@@ -106,8 +106,9 @@ fn the_examples_answer_by_pod_and_service_from_another_node() {
             namespace.wait_for(&format!("function/{name}"), "Ready", 4 * MINUTE)?;
             let pod = namespace.pod_of(name)?;
             let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
-            let service = format!("{name}.{}.svc.cluster.local", namespace.name);
-            let mut client = Client::on(&Node::of(&pod)?.other()?)?;
+            let other = Node::of(&pod)?.other()?;
+            let service = namespace.routed(name, &other)?;
+            let mut client = Client::on(&other)?;
             for (host, port) in [(address, 8080), (service.as_str(), 80)] {
                 let by = format!("{name} by {host}");
                 match name {
@@ -389,7 +390,7 @@ fn functions_scale_and_their_pods_share_the_load() {
             let function = namespace.get(&["function", "who"])?;
             Ok((function["status"]["readyReplicas"] == 3).then_some(()))
         })?;
-        let service = format!("who.{}.svc.cluster.local", namespace.name);
+        let service = namespace.routed("who", &served.node.other()?)?;
         let mut words = std::collections::HashSet::new();
         until("each pod has answered", MINUTE, || {
             words.insert(served.client.get(&service, 80, "/")?.text()?.to_owned());
@@ -407,10 +408,7 @@ fn new_code_takes_over_while_requests_are_made() {
     in_namespace("update", |namespace| {
         let code = |word: &str| format!("def handler(event, context):\n    return '{word}'\n");
         let mut served = Served::new(namespace, &code("old"), &json!({}))?;
-        let service = format!("who.{}.svc.cluster.local", namespace.name);
-        until("the Service answers", MINUTE, || {
-            Ok(served.client.get(&service, 80, "/").ok())
-        })?;
+        let service = namespace.routed("who", &served.node.other()?)?;
         served.client.load("load", &service, 80, "/")?;
         namespace.apply(&[manifest::function("who", "plain", &code("new"))])?;
         until("the new code answers", 2 * MINUTE, || {

@@ -279,10 +279,8 @@ fn a_leaf_reaches_a_service_from_its_pods_address() {
         let mut served = serve(namespace, REPORT, &json!({}))?;
         namespace.wait_for("pod/echo", "Ready", sock_e2e::MINUTE)?;
         let address = served.address.clone();
-        for host in [
-            "echo".to_owned(),
-            format!("echo.{}.svc.cluster.local", namespace.name),
-        ] {
+        let service = namespace.routed("echo", &served.node)?;
+        for host in ["echo", &service] {
             let answer = served
                 .client
                 .get(&address, 8080, &format!("/?url=http://{host}/"))?;

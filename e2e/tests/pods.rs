@@ -200,13 +200,14 @@ fn a_pod_finds_names_and_reaches_services() {
         namespace.apply(&manifest::echo("echo"))?;
         namespace.wait_for("pod/echo", "Ready", MINUTE)?;
         let server = namespace.get(&["pod", "echo"])?;
+        let other = Node::of(&server)?.other()?;
         let mut pod = manifest::busybox("box", &[("main", "exec sleep 1000")]);
-        pod["spec"]["nodeName"] = json!(Node::of(&server)?.other()?.name);
+        pod["spec"]["nodeName"] = json!(other.name);
         // A pod that names its node passes by the scheduler, and so by the label of nodes that have sock.
         namespace.apply(&[pod])?;
         namespace.wait_for("pod/box", "Ready", MINUTE)?;
         let address = namespace.get(&["pod", "box"])?["status"]["podIP"].clone();
-        let url = format!("http://echo.{}.svc.cluster.local/", namespace.name);
+        let url = format!("http://{}/", namespace.routed("echo", &other)?);
         for url in ["http://echo/", &url] {
             let said =
                 namespace.kubectl(&["exec", "box", "--", "timeout", "10", "wget", "-qO-", url])?;

@@ -139,6 +139,7 @@ fn many_functions_under_load_keep_nothing() -> Result<()> {
         namespace.apply(&objects)?;
         for index in 0..FUNCTIONS {
             namespace.wait_for(&format!("function/f{index}"), "Ready", 5 * MINUTE)?;
+            namespace.routed(&format!("f{index}"), &nodes[index % nodes.len()])?;
         }
         let mut clients = nodes.iter().map(Client::on).collect::<Result<Vec<_>>>()?;
         load(namespace, &mut clients, WARM_UP)?;

@@ -27,10 +27,7 @@ impl Loaded<'_> {
         let function = manifest::with(manifest::function("busy", "plain", CODE), &idle);
         namespace.serve("busy", &[set(&node, &["json"]), function])?;
         let mut client = Client::on(&other)?;
-        let service = format!("busy.{}.svc.cluster.local", namespace.name);
-        until("the Service answers", MINUTE, || {
-            Ok(client.get(&service, 80, "/").ok())
-        })?;
+        let service = namespace.routed("busy", &other)?;
         for load in ["one", "two"] {
             client.load(load, &service, 80, "/")?;
         }
