@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench simulate faults soak build payload extension images cluster install lint unit fuzz guest e2e e2e-faults test-images test clean distclean
+.PHONY: help rust demo bench simulate faults soak build payload extension images cluster install plugin lint unit fuzz guest e2e e2e-faults test-images test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,9 +60,9 @@ test-images: cluster
 # Tests on the cluster wait more than they compute, but more at once only make each other late.
 # Those that look at whole nodes come last, one after the other.
 e2e: install test-images ## end-to-end tests on the cluster
+	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
-	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree && \
-	cargo build --locked -p sock-bench && \
+	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan && \
 	for alone in soak faults deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
 
 e2e-faults: install ## every fault once, as tests; a part of e2e

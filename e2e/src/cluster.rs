@@ -59,6 +59,20 @@ pub fn program(name: &str, arguments: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
+/// Path of a program of the project that was built beside the tests.
+///
+/// # Errors
+/// It was not.
+pub fn built(name: &str, package: &str) -> Result<String> {
+    let test = std::env::current_exe()?;
+    let directory = test.parent().and_then(std::path::Path::parent);
+    let path = directory.context("the directory of the build")?.join(name);
+    if !path.exists() {
+        bail!("{} is missing: cargo build -p {package}", path.display());
+    }
+    Ok(path.to_string_lossy().into_owned())
+}
+
 /// What a program prints.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
-    Client, MINUTE, Node, in_namespace, inventory_of_quiet, manifest, program, until,
+    Client, MINUTE, Node, built, in_namespace, inventory_of_quiet, manifest, program, until,
     until_as_much, workers,
 };
 
@@ -28,24 +28,14 @@ const FREE: [&str; 7] = [
 /// Hits what is on one node, or in one pod.
 const LOCAL: [&str; 3] = ["shim", "disk", "node"];
 
-/// The program that `cargo build -p sock-bench` puts beside the tests'.
 fn bench(arguments: &[&str]) -> Result<()> {
-    let test = std::env::current_exe()?;
-    let directory = test.parent().and_then(std::path::Path::parent);
-    let path = directory
-        .context("the directory of the build")?
-        .join("sock-bench");
-    ensure!(
-        path.exists(),
-        "{} is missing: cargo build -p sock-bench",
-        path.display()
-    );
-    let mut command: Command = program(&path.to_string_lossy(), arguments)?;
+    let path = built("sock-bench", "sock-bench")?;
+    let mut command: Command = program(&path, arguments)?;
     let mut child = command
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| path.display().to_string())?;
+        .with_context(|| path.clone())?;
     // By way of this process, they are shown with the failure they explain.
     for line in BufReader::new(child.stderr.take().context("a pipe")?).lines() {
         eprintln!("{}", line?);

@@ -9,7 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-pub use requirements::{Requirement, RequirementError, requirements};
+pub use requirements::{Requirement, RequirementError, logical_lines, requirements};
 
 /// What is installed, in full.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]

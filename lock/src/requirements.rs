@@ -65,8 +65,8 @@ pub fn requirements(text: &str) -> Result<Vec<Requirement>, RequirementError> {
     Ok(found)
 }
 
-/// Lines with what continues them, without comments; those that are then empty are left out.
-fn logical_lines(text: &str) -> Vec<(usize, String)> {
+/// Lines with what continues them, without comments, each with the number of its first, from 1; those that are then empty are left out.
+pub fn logical_lines(text: &str) -> Vec<(usize, String)> {
     let mut lines = Vec::new();
     let mut open: Option<(usize, String)> = None;
     for (index, line) in text.lines().enumerate() {

@@ -1,0 +1,295 @@
+//! The PackageSets and Functions of a cluster, measured there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config, ResourceExt as _};
+use serde_json::json;
+use sock_crds::{Function, PackageSet, PackageSetSpec};
+use sock_plan::proposal::{PLANNED, Planned, wished_imports};
+use sock_plan::report::{Answer, Report};
+use sock_plan::shelf::Wish;
+use tokio::time::{Instant, sleep};
+
+use crate::Plan;
+use crate::costs::Costs;
+use crate::plan::{Given, MEASURE, key, pinned};
+
+/// Until a Function is ready that measures.
+const READY: Duration = Duration::from_secs(180);
+/// Until it has measured: each package in an interpreter of its own.
+const MEASURED: Duration = Duration::from_secs(900);
+
+/// Reads all PackageSets, and measures those that nobody has measured yet.
+///
+/// # Errors
+/// The cluster does not answer, or refuses.
+pub fn gather(plan: &Plan, costs: &mut Costs) -> Result<Given> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(read(plan, costs))
+}
+
+async fn connect(plan: &Plan) -> Result<Client> {
+    let config = match &plan.context {
+        None => Config::infer().await?,
+        Some(context) => {
+            let options = KubeConfigOptions {
+                context: Some(context.clone()),
+                ..KubeConfigOptions::default()
+            };
+            Config::from_custom_kubeconfig(Kubeconfig::read()?, &options).await?
+        }
+    };
+    let mut config = config;
+    config.read_timeout = Some(MEASURED);
+    Ok(Client::try_from(config)?)
+}
+
+async fn read(plan: &Plan, costs: &mut Costs) -> Result<Given> {
+    let client = connect(plan).await.context("no connection to a cluster")?;
+    let default = plan
+        .namespace
+        .clone()
+        .unwrap_or_else(|| client.default_namespace().to_owned());
+    let (sets, functions): (Api<PackageSet>, Api<Function>) = if plan.all_namespaces {
+        (Api::all(client.clone()), Api::all(client.clone()))
+    } else {
+        (
+            Api::namespaced(client.clone(), &default),
+            Api::namespaced(client.clone(), &default),
+        )
+    };
+    let sets = sets
+        .list(&ListParams::default())
+        .await
+        .context("PackageSets")?
+        .items;
+    let functions = functions
+        .list(&ListParams::default())
+        .await
+        .context("Functions")?
+        .items;
+    let mut users: BTreeMap<(String, String), usize> = BTreeMap::new();
+    for function in functions {
+        let namespace = function.namespace().unwrap_or_default();
+        *users
+            .entry((namespace, function.spec.package_set))
+            .or_default() += 1;
+    }
+    let mut given = Given {
+        running: true,
+        ..Given::default()
+    };
+    if sets.is_empty() {
+        match plan.all_namespaces {
+            true => bail!("the cluster has no PackageSets"),
+            false => {
+                bail!("namespace {default} has no PackageSets: give another with -n, or -A for all")
+            }
+        }
+    }
+    given.taken = sets
+        .iter()
+        .map(|set| (set.namespace().unwrap_or_default(), set.name_any()))
+        .collect::<BTreeSet<_>>();
+    let count = sets.len();
+    for (number, set) in sets.into_iter().enumerate() {
+        let (namespace, name) = (set.namespace().unwrap_or_default(), set.name_any());
+        let functions = users
+            .get(&(namespace.clone(), name.clone()))
+            .copied()
+            .unwrap_or_default();
+        if functions == 0
+            && set
+                .labels()
+                .get(PLANNED)
+                .is_some_and(|value| value == "true")
+        {
+            given.planned.push(Planned {
+                namespace,
+                name,
+                spec: set.spec,
+            });
+            continue;
+        }
+        let what = || format!("PackageSet {name} of namespace {namespace}");
+        let tell = || eprintln!("measuring {namespace}/{name} ({} of {count})", number + 1);
+        match wish(&client, &set, functions, costs, &tell).await {
+            Ok(wish) => given.wishes.push(wish),
+            Err(error) if error.downcast_ref::<Interrupted>().is_some() => return Err(error),
+            Err(error) => given.left_out.push(format!("{}: {error:#}", what())),
+        }
+    }
+    Ok(given)
+}
+
+async fn wish(
+    client: &Client,
+    set: &PackageSet,
+    functions: usize,
+    costs: &mut Costs,
+    tell: &dyn Fn(),
+) -> Result<Wish> {
+    let namespace = set.namespace().unwrap_or_default();
+    let text = text(client, &namespace, &set.spec).await?;
+    let requirements = pinned(&text)?;
+    let spec = PackageSetSpec {
+        imports: wished_imports(set.annotations(), &set.spec),
+        ..set.spec.clone()
+    };
+    let key = key(&spec.image, &text, &spec.imports);
+    let report = match costs.get(&key) {
+        Some(report) => report.clone(),
+        // Without imports nothing is imported ahead, and without packages nothing that is not the image's.
+        None if spec.imports.is_empty() || requirements.is_empty() => Report::default(),
+        None => {
+            tell();
+            let report = measure(client, &namespace, set, &spec.imports).await?;
+            costs.keep(key, report.clone())?;
+            report
+        }
+    };
+    let annotations = set.annotations().iter();
+    Ok(Wish {
+        name: set.name_any(),
+        spec,
+        labels: set.labels().clone(),
+        annotations: annotations
+            .filter(|(name, _)| *name != "kubectl.kubernetes.io/last-applied-configuration")
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect(),
+        namespace,
+        requirements,
+        now: Some(set.spec.clone()),
+        functions,
+        report,
+    })
+}
+
+async fn text(client: &Client, namespace: &str, spec: &PackageSetSpec) -> Result<String> {
+    let Some(requirements) = &spec.requirements else {
+        return Ok(String::new());
+    };
+    if let Some(lines) = &requirements.lines {
+        return Ok(lines.join("\n"));
+    }
+    let Some(from) = &requirements.config_map_key_ref else {
+        return Ok(String::new());
+    };
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let map = maps
+        .get(&from.name)
+        .await
+        .with_context(|| format!("ConfigMap {}", from.name))?;
+    let mut data = map.data.unwrap_or_default();
+    data.remove(&from.key)
+        .with_context(|| format!("ConfigMap {} has no key {}", from.name, from.key))
+}
+
+/// The user wants no more.
+#[derive(Debug)]
+struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// By a Function that is there for a moment: its leaf starts interpreters of their own, with what the PackageSet installed,
+/// where its Functions run and with no more rights than they have.
+async fn measure(
+    client: &Client,
+    namespace: &str,
+    set: &PackageSet,
+    imports: &[String],
+) -> Result<Report> {
+    let ready = set
+        .status
+        .iter()
+        .flat_map(|status| &status.conditions)
+        .find(|one| one.type_ == "Ready");
+    match ready {
+        Some(ready) if ready.status == "True" => {}
+        Some(ready) => bail!("it is not ready: {}", ready.message),
+        None => bail!("it is not ready: nothing has looked at it yet"),
+    }
+    let functions: Api<Function> = Api::namespaced(client.clone(), namespace);
+    let spec = serde_json::from_value(json!({
+        "packageSet": set.name_any(), "handler": "app.handler", "source": {"inline": MEASURE},
+        "timeoutSeconds": MEASURED.as_secs(), "reuse": "Never", "instances": 1,
+        "resources": set.spec.resources,
+    }))?;
+    let function = Function {
+        metadata: ObjectMeta {
+            generate_name: Some("sock-plan-".to_owned()),
+            ..ObjectMeta::default()
+        },
+        spec,
+        status: None,
+    };
+    let made = functions.create(&PostParams::default(), &function).await;
+    let name = made
+        .context("a Function that measures cannot be made")?
+        .name_any();
+    let answer = tokio::select! {
+        answer = ask(client, &functions, namespace, &name, imports) => answer,
+        _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
+    };
+    let deleted = functions.delete(&name, &DeleteParams::default()).await;
+    let answer = answer?;
+    deleted.with_context(|| format!("Function {name} is left: delete it"))?;
+    answer.report().map_err(anyhow::Error::msg)
+}
+
+async fn ask(
+    client: &Client,
+    functions: &Api<Function>,
+    namespace: &str,
+    name: &str,
+    imports: &[String],
+) -> Result<Answer> {
+    let deadline = Instant::now() + READY;
+    loop {
+        let function = functions.get(name).await?;
+        let conditions = function
+            .status
+            .map(|status| status.conditions)
+            .unwrap_or_default();
+        match conditions.iter().find(|one| one.type_ == "Ready") {
+            Some(ready) if ready.status == "True" => break,
+            ready if Instant::now() > deadline => {
+                let why = ready.map_or("nothing has looked at it", |ready| ready.message.as_str());
+                bail!("the Function that measures is not ready: {why}");
+            }
+            _ => sleep(Duration::from_millis(300)).await,
+        }
+    }
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let listed = pods
+        .list(&ListParams::default().labels(&format!("sock.dev/function={name}")))
+        .await?;
+    let pod = listed
+        .items
+        .first()
+        .context("a pod of the Function that measures")?
+        .name_any();
+    let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}:8080/proxy/");
+    let body = serde_json::to_vec(&json!({"imports": imports}))?;
+    let request = http::Request::post(path)
+        .header("Content-Type", "application/json")
+        .body(body)?;
+    let said = client
+        .request_text(request)
+        .await
+        .context("the Function that measures")?;
+    serde_json::from_str(&said).map_err(|_| anyhow!("the Function that measures says: {said:.400}"))
+}
