@@ -11,7 +11,8 @@ use crate::measure::{
     answered, durations, load, megabytes, millis, packages_directory, weigh, when_idle,
 };
 use crate::node::load::{Connections, Sample};
-use crate::node::memory::Memory;
+use crate::node::memory::{self, Memory};
+use crate::node::rate::{Forks, Rate};
 use crate::objects::{self, IMAGE, Peer};
 use crate::peers;
 use crate::progress::Progress;
@@ -33,12 +34,15 @@ const IDLE_PODS: usize = 10;
 const BURST: usize = 100;
 const BURSTS: usize = 3;
 const TRACED: usize = 30;
+/// Seconds of requests as fast as they are answered.
+const SUSTAINED: usize = 10;
 /// A Function here is idle soon.
 const END_AFTER_MILLIS: u64 = 2000;
 
 const FIRST: &str = "the same container on runc, from its start to its first answer";
 const KEPT: &str = "Python's http.server on runc, kept connection";
 const POD: &str = "an idle pod with the same handler on runc";
+const BARE: &str = "fork, exit and wait of a process with the same memory, one for each processor";
 const RUNNING: &str = "a running pod with the same handler on runc";
 
 /// What to do.
@@ -303,7 +307,50 @@ fn measure(options: &Options, node: &Equipped, progress: &Progress) -> Result<Ve
         &durations(&burst_peer)?,
     ));
 
+    for (figure, function, set, code) in [
+        ("forks_per_second", "predict", "science", Code::Predict),
+        ("forks_per_second_plain", "hello", "plain", Code::Hello),
+    ] {
+        progress.step(&format!(
+            "{figure}: {SUSTAINED} s of requests, and of the kernel's own forks"
+        ));
+        let pools = cluster::ready_pods(NAMESPACE, &format!("sock.dev/pool={set}"))?;
+        let like = pools.first().with_context(|| format!("no pool of {set}"))?;
+        let like = memory::Pod {
+            uid: like.uid.clone(),
+        };
+        let processes = std::thread::available_parallelism()?.get();
+        let forks = Forks {
+            like,
+            processes,
+            seconds: SUSTAINED,
+        };
+        let rate = Rate {
+            address: (pod(function)?.address, objects::PORT).into(),
+            request: code.request(),
+            clients: 2 * processes,
+            seconds: SUSTAINED,
+        };
+        let ours: Vec<u64> = node.job("rate", &rate)?;
+        let kernels: Vec<u64> = node.job("forks", &forks)?;
+        figures.push(Figure::new(
+            figure,
+            "1/s",
+            &counted(&ours)?,
+            BARE,
+            &counted(&kernels)?,
+        ));
+    }
     Ok(figures)
+}
+
+/// By the second, without the first, in which caches get warm.
+fn counted(counts: &[u64]) -> Result<Samples> {
+    let counts = counts.iter().skip(1).map(|count| {
+        let count = u32::try_from(*count)?;
+        Ok(f64::from(count))
+    });
+    Samples::new(counts.collect::<Result<_>>()?).context("no seconds")
 }
 
 /// Separate from the figures: the shim writes a line for every leaf.

@@ -84,7 +84,7 @@ fn working_set(directory: &Path) -> Result<u64> {
 }
 
 /// The number behind a name that begins a line.
-fn number(text: &str, name: &str) -> Option<u64> {
+pub(super) fn number(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let mut words = line.split_ascii_whitespace();
         (words.next()? == name).then(|| words.next()?.parse().ok())?

@@ -8,6 +8,7 @@ pub mod load;
 pub mod memory;
 mod ports;
 mod processes;
+pub mod rate;
 pub mod traffic;
 
 use std::process::Command;
@@ -25,6 +26,9 @@ pub fn run(job: &str) -> Result<()> {
     match job {
         "call" => answer(|asked| load::call(&asked)),
         "load" => answer(|asked| load::run(&asked)),
+        "rate" => answer(|asked| rate::run(&asked)),
+        "forks" => answer(|asked| rate::forks(&asked)),
+        "fork-loop" => answer(|asked| rate::fork_loop(&asked)),
         "first-answer" => answer(|asked| first_answer::run(&asked)),
         "memory" => answer(|asked: Vec<memory::Pod>| memory::run(&asked)),
         "kill" => answer(|asked| kill::run(&asked)),
