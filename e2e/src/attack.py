@@ -74,8 +74,13 @@ def out_of_chroot():
     return on_node() or "nothing"
 
 
-def join(kind):
-    call(308, os.open(f"/proc/1/ns/{kind}", os.O_RDONLY), CLONE[kind])
+def join(kind, whose):
+    call(308, os.open(f"/proc/{whose}/ns/{kind}", os.O_RDONLY), CLONE[kind])
+
+
+def trace(pid):
+    # PTRACE_SEIZE, which does not stop it
+    call(101, 0x4206, pid, 0, 0)
 
 
 def setuid_file():
@@ -111,7 +116,20 @@ def others():
         mine.add(one)
         with open(f"/proc/{one}/stat") as file:
             one = int(file.read().rsplit(")", 1)[1].split()[1])
-    found = [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if p not in mine]
+    return [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if p not in mine]
+
+
+def reached():
+    found = []
+    files = ("environ", "mem", "exe", "root", "ns/user")
+    ways = {name: lambda pid, name=name: os.open(f"/proc/{pid}/{name}", os.O_RDONLY) for name in files}
+    for pid in others():
+        for name, way in {**ways, "ptrace": trace}.items():
+            try:
+                way(pid)
+                found.append(f"{name} of {pid}")
+            except OSError:
+                pass
     return found or "nothing"
 
 
@@ -232,9 +250,9 @@ ATTEMPTS = {
     **{f"unshare {kind}": lambda flag=flag: call(272, flag) for kind, flag in CLONE.items()},
     "clone user": lambda: call(56, CLONE["user"] | 17, 0, 0, 0, 0) or os._exit(0),
     "clone3 user": lambda: call(435, struct.pack("8Q", CLONE["user"], 0, 0, 0, 17, 0, 0, 0), 64) or os._exit(0),
-    **{f"join {kind}": lambda kind=kind: join(kind) for kind in ("mnt", "user", "net", "cgroup")},
-    # PTRACE_SEIZE, which does not stop it
-    "ptrace 1": lambda: call(101, 0x4206, 1, 0, 0),
+    **{f"join {kind}": lambda kind=kind: join(kind, 1) for kind in ("mnt", "user", "net", "cgroup")},
+    **{f"join own {kind}": lambda kind=kind: join(kind, "self") for kind in CLONE},
+    "ptrace 1": lambda: trace(1),
     "memory of 1": memory,
     "open memory of 1": lambda: os.pread(os.open("/proc/1/mem", os.O_RDWR), 1, address()) and "memory",
     "environment of 1": lambda: read("/proc/1/environ"),
@@ -242,7 +260,8 @@ ATTEMPTS = {
     "write program of 1": lambda: os.open("/proc/1/exe", os.O_WRONLY),
     "root of 1": lambda: on_node("/proc/1/root") or (os.listdir("/proc/1/root"), "nothing")[1],
     "descriptor of 1": lambda: call(438, call(434, 1, 0), 0, 0),
-    "other processes": others,
+    "other processes": lambda: others() or "nothing",
+    "reach others": reached,
     "signal others": signalled,
     "descriptors": descriptors,
     "raw socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1),

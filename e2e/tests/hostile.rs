@@ -26,9 +26,13 @@ enum Place {
     Restricted,
     /// A pod of the baseline standard: root with the capabilities that runc gives, and no seccomp profile.
     Root,
+    /// As `Zygote`, in one that others extend.
+    Extended,
+    /// As `Zygote`, in one that was forked from another.
+    Child,
 }
 
-/// The outcome of each attempt by place, `|` between those that kernels differ in. `got` is what belongs to the
+/// The outcome of each attempt in the first four places, `|` between those that kernels differ in. `got` is what belongs to the
 /// sandbox itself: a leaf is process 1 of its namespace, a zygote makes namespaces for leaves, root of a pod is root in it.
 const EXPECTED: &[(&str, [&str; 4])] = &[
     ("chroot", ["EPERM", "got", "EPERM", "got"]),
@@ -66,6 +70,15 @@ const EXPECTED: &[(&str, [&str; 4])] = &[
     ("join user", ["EPERM", "EACCES", "EACCES", "EACCES"]),
     ("join net", ["EPERM", "EACCES", "EACCES", "EACCES"]),
     ("join cgroup", ["EPERM", "EACCES", "EACCES", "EACCES"]),
+    // What a profile lets by is refused by the kernel: who is in a user namespace cannot enter it.
+    ("join own user", ["EPERM", "EPERM", "EPERM", "EINVAL"]),
+    ("join own mnt", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("join own net", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("join own pid", ["EPERM", "got", "EPERM", "EPERM"]),
+    ("join own cgroup", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("join own ipc", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("join own uts", ["EPERM", "EPERM", "EPERM", "EPERM"]),
+    ("join own time", ["EPERM", "EPERM", "EPERM", "EPERM"]),
     // In a leaf that is the leaf, elsewhere a holder, which nobody traces or looks into.
     ("ptrace 1", ["got", "EPERM", "EPERM", "EPERM"]),
     ("memory of 1", ["got", "EPERM", "EPERM", "EPERM"]),
@@ -82,6 +95,7 @@ const EXPECTED: &[(&str, [&str; 4])] = &[
         "other processes",
         ["nothing", "nothing", "nothing", "nothing"],
     ),
+    ("reach others", ["nothing", "nothing", "nothing", "nothing"]),
     (
         "signal others",
         ["nothing", "nothing", "nothing", "nothing"],
@@ -175,6 +189,21 @@ const EXPECTED: &[(&str, [&str; 4])] = &[
     ("another listener", ["EBUSY", "got", "got", "got"]),
 ];
 
+/// Where a zygote that others extend, and then one that was forked from it, get something else than a zygote that is alone.
+/// Children enter the namespaces of their container by `setns`, which the profile of the one that they are forked from
+/// allows, and which they keep.
+const IN_A_TREE: &[(&str, [&str; 2])] = &[
+    ("join own user", ["EINVAL", "EINVAL"]),
+    ("join own mnt", ["got", "got"]),
+    ("join own ipc", ["got", "got"]),
+    ("join own uts", ["got", "got"]),
+    // Before it come two holders: that of its namespaces, and its container's first process, whose end is its own.
+    ("other processes", ["nothing", "got [2]"]),
+    ("signal others", ["nothing", "got [2]"]),
+    // The name is the parent's, in the parent's network.
+    ("abstract socket", ["got", "ECONNREFUSED"]),
+];
+
 /// Attempts that get nothing even with all rights on the node, and how far they come there.
 const OUT_OF_REACH: &[(&str, &str)] = &[
     // Nothing there is above the root directory of a pod, whose root is no chroot.
@@ -193,13 +222,11 @@ const OUT_OF_REACH: &[(&str, &str)] = &[
     ("write payload", "EROFS"),
     // A process may not join the user namespace that it is in.
     ("join user", "EINVAL"),
+    ("join own user", "EINVAL"),
     // The root directory of a pause image.
     ("root of 1", "nothing"),
     // A program that runs.
     ("write program of 1", "ETXTBSY"),
-    // Nobody else is in the pod, which is the point of a pod.
-    ("other processes", "nothing"),
-    ("signal others", "nothing"),
     ("descriptors", "nothing"),
     ("x32 socket", "ENOSYS|got"),
     // What not every kernel, or node in a container, has.
@@ -232,6 +259,17 @@ fn matches(outcome: &str, expected: &str) -> bool {
     })
 }
 
+/// What `EXPECTED` and `IN_A_TREE` say of an attempt.
+fn expected(place: Place, name: &str, columns: &[&'static str; 4]) -> &'static str {
+    let in_a_tree = IN_A_TREE.iter().find(|(one, _)| *one == name);
+    match (place, in_a_tree) {
+        (Place::Extended, Some((_, [extended, _]))) => extended,
+        (Place::Child, Some((_, [_, child]))) => child,
+        (Place::Extended | Place::Child, None) => columns[Place::Zygote as usize],
+        _ => columns[place as usize],
+    }
+}
+
 fn check(place: Place, found: &Value) -> Result<()> {
     let found = found.as_object().context("an object of attempts")?;
     let tried: BTreeSet<&str> = found.keys().map(String::as_str).collect();
@@ -245,7 +283,7 @@ fn check(place: Place, found: &Value) -> Result<()> {
         .iter()
         .filter_map(|(name, expected)| {
             let outcome = found[*name].as_str().unwrap_or_default();
-            let expected = expected[place as usize];
+            let expected = self::expected(place, name, expected);
             (!matches(outcome, expected)).then(|| format!("{name}: {outcome}, not {expected}"))
         })
         .collect();
@@ -286,48 +324,117 @@ fn address(pod: &Value) -> Result<&str> {
     pod["status"]["podIP"].as_str().context("status.podIP")
 }
 
-#[test]
-fn neither_a_handler_nor_import_time_code_leaves_its_sandbox() {
-    in_namespace("hostile", |namespace| {
-        // The abstract name is the zygote's, so that a leaf that reaches it would be in its network.
-        let warm_up = packed(ATTACK)?
-            + "
-import json
-import sys
-
-if not hasattr(sys, 'hostile'):
+/// An abstract name of a zygote, so that whoever reaches it is in its network.
+const LISTEN: &str = "
     sys.hostile = socket.socket(socket.AF_UNIX)
     sys.hostile.bind('\\0sock-hostile')
     sys.hostile.listen()
-    print('ATTACK', json.dumps(attack()), file=sys.stderr, flush=True)
 ";
+
+/// A PackageSet whose warm-up attacks, once in each zygote, after what `before` does.
+fn hostile_set(name: &str, node: &Node, import: &str, before: &str) -> Result<Value> {
+    // A warm-up is run many times, and a child has what its parent has set.
+    let warm_up = format!(
+        "{}
+import json
+import sys
+
+if getattr(sys, 'attacked', None) != '{name}':
+    sys.attacked = '{name}'{before}
+    print('ATTACK', json.dumps(attack()), file=sys.stderr, flush=True)
+",
+        packed(ATTACK)?
+    );
+    let mut set = manifest::only_on(&node.name, manifest::package_set(name, &[import]));
+    set["spec"]["warmUp"] = json!(warm_up);
+    Ok(set)
+}
+
+/// A Function whose handler attacks, on the PackageSet of the same name.
+fn hostile_function(name: &str) -> Value {
+    let code = format!(
+        "{ATTACK}\n\ndef handler(event, context):\n    return {{'pid': os.getpid(), 'found': attack()}}\n"
+    );
+    manifest::with(
+        manifest::function(name, name, &code),
+        &json!({"timeoutSeconds": 120}),
+    )
+}
+
+fn found_by_warm_up(namespace: &Namespace, pool: &Value) -> Result<Value> {
+    let name = pool["metadata"]["name"].as_str();
+    let log = namespace.kubectl(&["logs", name.context("metadata.name")?, "--container=zygote"])?;
+    let line = log
+        .lines()
+        .find_map(|line| line.strip_prefix("ATTACK "))
+        .with_context(|| format!("what the warm-up found: {log}"))?;
+    Ok(serde_json::from_str(line)?)
+}
+
+fn found_by_handler(namespace: &Namespace, client: &mut Client, function: &str) -> Result<Value> {
+    let pod = namespace.pod_of(function)?;
+    Ok(forked(client, address(&pod)?, "/")?["found"].take())
+}
+
+#[test]
+fn neither_a_handler_nor_import_time_code_leaves_its_sandbox() {
+    in_namespace("hostile", |namespace| {
         let node = workers()?.into_iter().next().context("a node")?;
-        let mut set = manifest::only_on(&node.name, manifest::package_set("hostile", &["socket"]));
-        set["spec"]["warmUp"] = json!(warm_up);
-        let code = format!(
-            "{ATTACK}\n\ndef handler(event, context):\n    return {{'pid': os.getpid(), 'found': attack()}}\n"
-        );
-        let function = manifest::with(
-            manifest::function("hostile", "hostile", &code),
-            &json!({"timeoutSeconds": 120}),
-        );
-        namespace.serve("hostile", &[set, function])?;
+        let set = hostile_set("hostile", &node, "socket", LISTEN)?;
+        namespace.serve("hostile", &[set, hostile_function("hostile")])?;
+        let pool = namespace
+            .pods("sock.dev/pool=hostile")?
+            .pop()
+            .context("a pool")?;
+        check(Place::Zygote, &found_by_warm_up(namespace, &pool)?)?;
 
-        let pools = namespace.pods("sock.dev/pool=hostile")?;
-        let pool = pools.first().context("a pool")?["metadata"]["name"]
-            .as_str()
-            .context("metadata.name")?;
-        let log = namespace.kubectl(&["logs", pool, "--container=zygote"])?;
-        let line = log
-            .lines()
-            .find_map(|line| line.strip_prefix("ATTACK "))
-            .with_context(|| format!("what the warm-up found: {log}"))?;
-        check(Place::Zygote, &serde_json::from_str(line)?)?;
-
-        let pod = namespace.pod_of("hostile")?;
         let mut client = Client::on(&node.other()?)?;
-        let answer = forked(&mut client, address(&pod)?, "/")?;
-        check(Place::Leaf, &answer["found"])
+        let found = found_by_handler(namespace, &mut client, "hostile")?;
+        check(Place::Leaf, &found)
+    });
+}
+
+#[test]
+fn neither_an_extended_zygote_nor_its_child_leaves_its_sandbox() {
+    in_namespace("extended", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let parent = hostile_set("parent", &node, "socket", LISTEN)?;
+        let mut child = hostile_set("child", &node, "decimal", "")?;
+        child["spec"]["extends"] = json!({"name": "parent"});
+        let functions = ["parent", "child"].map(hostile_function);
+        namespace.apply(&[parent, child])?;
+        namespace.apply(&functions)?;
+        for function in ["function/child", "function/parent"] {
+            namespace.wait_for(function, "Ready", 4 * MINUTE)?;
+        }
+
+        // The first child has the pool of its parent made anew.
+        let pool = |set: &str| -> Result<Value> {
+            until(&format!("one pool of {set}"), MINUTE, || {
+                let mut pools = namespace.pods(&format!("sock.dev/pool={set}"))?;
+                Ok(pools.pop().filter(|_| pools.is_empty()))
+            })
+        };
+        let (extended, child) = (pool("parent")?, pool("child")?);
+        ensure!(annotation(&extended, "extended")? == "true");
+        ensure!(annotation(&child, "extended").is_err());
+        let depth = |pool: &Value| -> Result<usize> {
+            let zygote = node.zygote_of(pool)?;
+            Ok(zygote.status("NSpid")?.split_whitespace().count())
+        };
+        ensure!(
+            depth(&child)? == depth(&extended)? + 1,
+            "the child was not forked from its parent"
+        );
+        check(Place::Extended, &found_by_warm_up(namespace, &extended)?)?;
+        check(Place::Child, &found_by_warm_up(namespace, &child)?)?;
+
+        let mut client = Client::on(&node.other()?)?;
+        for function in ["parent", "child"] {
+            let found = found_by_handler(namespace, &mut client, function)?;
+            check(Place::Leaf, &found).with_context(|| format!("Function {function}"))?;
+        }
+        Ok(())
     });
 }
 
@@ -392,8 +499,17 @@ fn a_pod_does_not_leave_its_sandbox() {
 fn the_attempts_get_what_they_ask_for_where_nothing_forbids_it() {
     in_namespace_of(Security::Privileged, "unconfined", |namespace| {
         let mut pod = attacker("control", false, &json!({}), &json!({"privileged": true}));
+        // It has somebody to reach: a listener and another process.
         let source = format!(
-            "{ATTACK}\nimport json\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0sock-hostile')\ns.listen(8)\nprint(json.dumps(attack()))\n"
+            "{ATTACK}
+import json
+s = socket.socket(socket.AF_UNIX)
+s.bind('\\0sock-hostile')
+s.listen(8)
+other = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL)
+print(json.dumps(attack()))
+other.kill()
+"
         );
         let container = &mut pod["spec"]["containers"][0];
         container["command"] = json!(["python3", "-c", source]);
