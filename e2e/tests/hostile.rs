@@ -726,10 +726,7 @@ fn another_tenant_is_not_named(namespace: &Namespace, other: &Seen) -> Result<()
     pod["status"] = json!({});
     let refused = kubectl_with(&["create", "-f", "-"], &pod.to_string());
     let said = format!("{:#}", refused.err().context("the pod was admitted")?);
-    ensure!(
-        said.contains("may not set or change the annotations"),
-        "{said}"
-    );
+    ensure!(said.contains(POD_POLICY), "{said}");
 
     // Nor after its creation, by any of the ways to change a pod.
     let mut plain = manifest::busybox("plain", &[("main", "exec sleep 1000")]);
@@ -743,10 +740,7 @@ fn another_tenant_is_not_named(namespace: &Namespace, other: &Seen) -> Result<()
             "{:#}",
             namespace.kubectl(&arguments).err().context("patched")?
         );
-        ensure!(
-            said.contains("may not set or change the annotations"),
-            "{subresource}: {said}"
-        );
+        ensure!(said.contains(POD_POLICY), "{subresource}: {said}");
     }
     for subresource in ["--subresource=resize", "--subresource=ephemeralcontainers"] {
         // These take nothing of a pod but what they are for.
@@ -783,6 +777,230 @@ fn another_tenant_is_not_named(namespace: &Namespace, other: &Seen) -> Result<()
         ensure!(!state.contains("\"running\""), "it runs: {state}");
         Ok(state.contains("is the tenant of namespace").then_some(()))
     })
+}
+
+/// Annotations by hand: those of a tenant, and one that has a pod mounted what a Function's has.
+fn forged() -> Result<Value> {
+    let other = get(&["namespace", "kube-system"])?;
+    Ok(json!({
+        "sock.dev/tenant": other["metadata"]["uid"], "sock.dev/function": "main",
+    }))
+}
+
+/// A workload whose pods the restricted standard admits, each an idle busybox with these annotations.
+fn workload(api: &str, kind: &str, name: &str, annotations: &Value) -> Value {
+    let labels = json!({"app": name});
+    let pod = manifest::busybox(name, &[("main", "exec sleep 1000")]);
+    let mut template = json!({
+        "metadata": {"labels": labels, "annotations": annotations}, "spec": pod["spec"],
+    });
+    let runs_to_its_end = api == "batch/v1";
+    template["spec"]["restartPolicy"] = json!(if runs_to_its_end { "Never" } else { "Always" });
+    template["spec"]["terminationGracePeriodSeconds"] = json!(0);
+    let selector = json!({"matchLabels": labels});
+    let mut object = json!({"apiVersion": api, "kind": kind, "metadata": {"name": name}});
+    object["spec"] = match kind {
+        "ReplicationController" => json!({"selector": labels, "template": template}),
+        "Job" => json!({"template": template}),
+        "CronJob" => {
+            json!({"schedule": "* * * * *", "jobTemplate": {"spec": {"template": template}}})
+        }
+        "StatefulSet" => json!({"serviceName": name, "selector": selector, "template": template}),
+        _ => json!({"selector": selector, "template": template}),
+    };
+    if kind == "PodTemplate" {
+        object["template"] = template;
+        if let Some(object) = object.as_object_mut() {
+            object.remove("spec");
+        }
+    }
+    object
+}
+
+/// That an attempt failed, and in these words.
+fn refused(attempt: Result<String>, words: &str, what: &str) -> Result<()> {
+    let said = match attempt {
+        Ok(_) => anyhow::bail!("{what} was admitted"),
+        Err(error) => format!("{error:#}"),
+    };
+    ensure!(said.contains(words), "{what}: {said}");
+    Ok(())
+}
+
+const POD_POLICY: &str = "may not set or change the annotations of sock.dev";
+const TEMPLATE_POLICY: &str = "may not make or change a template with annotations of sock.dev";
+
+/// Kinds whose pods come from the controllers that the policy on pods lets by.
+const TRUSTED: [&str; 3] = ["Deployment", "ReplicaSet", "DaemonSet"];
+
+/// The other kinds with a template, and whose pods they would be: the policy on pods refuses these.
+const OTHERS: [(&str, &str, &str); 4] = [
+    ("v1", "ReplicationController", "replication-controller"),
+    ("apps/v1", "StatefulSet", "statefulset-controller"),
+    ("batch/v1", "Job", "job-controller"),
+    ("batch/v1", "CronJob", "job-controller"),
+];
+
+/// All of it is tried by the administrator of the cluster, whom nothing refuses but the policies.
+#[test]
+fn no_kind_of_workload_carries_annotations_into_a_pod() {
+    in_namespace("templates", |namespace| {
+        let forged = forged()?;
+        let create = |object: &Value| {
+            kubectl_with(
+                &["create", "--namespace", &namespace.name, "-f", "-"],
+                &object.to_string(),
+            )
+        };
+        for (api, kind, _) in OTHERS {
+            create(&workload(api, kind, &kind.to_lowercase(), &forged))?;
+        }
+        // Nobody makes pods from these.
+        create(&workload("v1", "PodTemplate", "stored", &forged))?;
+
+        for kind in TRUSTED {
+            let name = kind.to_lowercase();
+            let attempt = create(&workload("apps/v1", kind, &name, &forged));
+            refused(
+                attempt,
+                TEMPLATE_POLICY,
+                &format!("{kind} with annotations"),
+            )?;
+
+            create(&workload("apps/v1", kind, &name, &json!({})))?;
+            let template = json!({"metadata": {"annotations": forged}});
+            let patch = json!({"spec": {"template": template}}).to_string();
+            for way in ["merge", "strategic"] {
+                let attempt =
+                    namespace.kubectl(&["patch", kind, &name, "--type", way, "--patch", &patch]);
+                refused(attempt, TEMPLATE_POLICY, &format!("{kind}: {way} patch"))?;
+            }
+            // These take nothing of a workload but what they are for.
+            for subresource in ["--subresource=status", "--subresource=scale"] {
+                let _ = namespace.kubectl(&[
+                    "patch",
+                    kind,
+                    &name,
+                    "--type=merge",
+                    "--patch",
+                    &patch,
+                    subresource,
+                ]);
+            }
+            let found = namespace.get(&[kind, &name])?;
+            let template = &found["spec"]["template"]["metadata"];
+            ensure!(template["annotations"].is_null(), "{kind}: {template}");
+        }
+
+        for (_, kind, controller) in OTHERS {
+            // A CronJob waits for the next minute to make a Job, whose event it is then.
+            let name = kind.to_lowercase();
+            let what = format!("{controller} is refused a pod of a {kind}");
+            let message = until(&what, 2 * MINUTE, || {
+                let events = namespace.get(&["events", "--field-selector=reason=FailedCreate"])?;
+                let events = events["items"].as_array().cloned().unwrap_or_default();
+                let event = events.into_iter().find(|event| {
+                    let named = event["involvedObject"]["name"].as_str();
+                    named.is_some_and(|one| one == name || one.starts_with(&format!("{name}-")))
+                });
+                Ok(event.map(|event| event["message"].to_string()))
+            })?;
+            ensure!(
+                message.contains(&format!("{controller} {POD_POLICY}")),
+                "{message}"
+            );
+        }
+        for pod in namespace.pods("")? {
+            let metadata = &pod["metadata"];
+            ensure!(!metadata.to_string().contains("sock.dev/"), "{metadata}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_template_of_the_operator_is_changed_by_nobody_else() {
+    in_namespace("owned", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        namespace.serve("equal", &tenant(&node)?)?;
+        let forged = forged()?;
+        for kind in TRUSTED {
+            let list = namespace.get(&[kind])?;
+            let [object] = list["items"].as_array().context("a list")?.as_slice() else {
+                anyhow::bail!("one {kind}: {list}");
+            };
+            let name = object["metadata"]["name"].as_str().context("a name")?;
+            let template = |found: &Value| found["spec"]["template"].clone();
+            ensure!(template(object).to_string().contains("sock.dev/tenant"));
+            let change = |annotations: Value| -> (&str, Value) {
+                (
+                    "merge",
+                    json!({"spec": {"template": {"metadata": {"annotations": annotations}}}}),
+                )
+            };
+            let changes = [
+                change(forged.clone()),
+                change(json!({"sock.dev/extended": "true"})),
+                change(json!({"sock.dev/tenant": null})),
+                change(Value::Null),
+                // What other annotations bring with them is not told by their names.
+                change(json!({"example.org/other": "annotation"})),
+                // The annotations as they are, for another program.
+                (
+                    "json",
+                    json!([{"op": "replace", "path": "/spec/template/spec/containers/0/image", "value": manifest::BUSYBOX}]),
+                ),
+            ];
+            for (way, patch) in &changes {
+                let patch = patch.to_string();
+                let attempt =
+                    namespace.kubectl(&["patch", kind, name, "--type", way, "--patch", &patch]);
+                refused(attempt, TEMPLATE_POLICY, &format!("{kind}: {patch}"))?;
+            }
+            // What is not of the template is.
+            namespace.kubectl(&["annotate", kind, name, "example.org/note=1"])?;
+            let found = namespace.get(&[kind, name])?;
+            ensure!(template(&found) == template(object), "{kind}: {found}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_binding_gives_a_pod_no_annotations() {
+    in_namespace("binding", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let mut pod = manifest::busybox("unbound", &[("main", "exec sleep 1000")]);
+        pod["spec"]["schedulerName"] = json!("nobody");
+        pod["spec"]["terminationGracePeriodSeconds"] = json!(0);
+        namespace.apply(&[pod])?;
+        let bind = |annotations: &Value, path: &str| {
+            let binding = json!({
+                "apiVersion": "v1", "kind": "Binding",
+                "metadata": {"name": "unbound", "annotations": annotations},
+                "target": {"apiVersion": "v1", "kind": "Node", "name": node.name},
+            });
+            let path = format!("/api/v1/namespaces/{}/{path}", namespace.name);
+            kubectl_with(&["create", "--raw", &path, "-f", "-"], &binding.to_string())
+        };
+        for path in ["pods/unbound/binding", "bindings"] {
+            refused(bind(&forged()?, path), POD_POLICY, path)?;
+        }
+        // The annotations of a binding do become the pod's.
+        bind(
+            &json!({"example.org/note": "bound"}),
+            "pods/unbound/binding",
+        )?;
+        let bound = namespace.get(&["pod", "unbound"])?;
+        ensure!(bound["spec"]["nodeName"] == json!(node.name));
+        let annotations = &bound["metadata"]["annotations"];
+        ensure!(annotations["example.org/note"] == "bound", "{annotations}");
+        ensure!(
+            !annotations.to_string().contains("sock.dev/"),
+            "{annotations}"
+        );
+        Ok(())
+    });
 }
 
 /// The node's end of a pod's interface.
