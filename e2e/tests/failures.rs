@@ -156,11 +156,29 @@ fn more_requests_than_may_wait_are_told_to_come_back() {
                 .iter()
                 .find(|answer| ![200, 429].contains(&answer.status))
         );
-        let refused = answers.iter().find(|answer| answer.status == 429);
-        ensure!(
-            refused.is_some_and(|answer| answer.headers["Retry-After"] == "1"),
-            "{refused:?}"
-        );
+        let mut ids = Vec::new();
+        for refused in answers.iter().filter(|answer| answer.status == 429) {
+            let body: Value =
+                serde_json::from_str(&refused.body).with_context(|| format!("{refused:?}"))?;
+            let id = body["requestId"].as_str().context("requestId")?;
+            ensure!(
+                refused.headers["Retry-After"] == "1"
+                    && refused.headers["X-Request-Id"] == id
+                    && body["type"] == "TooManyRequests"
+                    && body["error"].is_string(),
+                "{refused:?}"
+            );
+            ids.push(id.to_owned());
+        }
+        let pod = namespace.pod_of("slow")?;
+        let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
+        until("the log names one of them", MINUTE, || {
+            let log = namespace.kubectl(&["logs", name])?;
+            let named = |line: &str| {
+                line.contains("answered with 429") && ids.iter().any(|id| line.contains(&**id))
+            };
+            Ok(log.lines().any(named).then_some(()))
+        })?;
         Ok(())
     });
 }

@@ -188,14 +188,36 @@ fn the_api_server_refuses_what_cannot_work_with_field_value_and_remedy() {
     });
 }
 
-/// Waits until a condition that is not true has all these words in its message.
+/// Waits until a condition that is not true has all these words in its message, and if it is `Ready` an event of the object too.
 fn told(namespace: &Namespace, object: &str, condition: &str, words: &[&str]) -> Result<()> {
     let mut last = String::new();
     until(&format!("{object} says {words:?}"), 4 * MINUTE, || {
         last = namespace.message_of(object, condition, "False", MINUTE)?;
         Ok(words.iter().all(|word| last.contains(word)).then_some(()))
     })
-    .with_context(|| format!("{object} says: {last}"))
+    .with_context(|| format!("{object} says: {last}"))?;
+    if condition != "Ready" {
+        return Ok(());
+    }
+    let (kind, name) = object.split_once('/').context("KIND/NAME")?;
+    let selector = format!("--field-selector=involvedObject.name={name}");
+    until(
+        &format!("an event of {object} says {words:?}"),
+        MINUTE,
+        || {
+            let events = namespace.get(&["events", &selector])?;
+            let told = events["items"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|event| {
+                    let of = event["involvedObject"]["kind"].as_str().unwrap_or_default();
+                    let message = event["message"].as_str().unwrap_or_default();
+                    of.eq_ignore_ascii_case(kind) && words.iter().all(|word| message.contains(word))
+                });
+            Ok(told.then_some(()))
+        },
+    )
 }
 
 fn config_map(name: &str, key: &str, text: &str) -> Value {
@@ -570,6 +592,35 @@ def handler(event, context):
 "#;
 
 #[test]
+fn what_a_pod_was_made_of_does_not_change_below_it() {
+    in_namespace("immutable", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let lines =
+            json!({"requirements": {"lines": [requirement()?]}, "index": {"url": manifest::INDEX}});
+        let set = manifest::only_on(&node.name, named(set(&lines), "locked"));
+        namespace.serve("fixed", &[set, manifest::function("fixed", "locked", PASS)])?;
+        let list = namespace.get(&["configmaps"])?;
+        let mut made = 0;
+        for map in list["items"].as_array().context("ConfigMaps")? {
+            let name = map["metadata"]["name"].as_str().context("metadata.name")?;
+            if !map["metadata"]["ownerReferences"].is_array() {
+                continue;
+            }
+            made += 1;
+            let patch = r#"--patch={"data":{"app.py":"def handler(event, context): return 'other'","requirements.txt":""}}"#;
+            let error = namespace.kubectl(&["patch", "configmap", name, "--type=merge", patch]);
+            let error = error.err().with_context(|| format!("{name} was changed"))?;
+            ensure!(
+                format!("{error:#}").contains("immutable"),
+                "{name}: {error:#}"
+            );
+        }
+        ensure!(made == 2, "code and requirements: {list}");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_client_is_answered_whatever_happens_to_its_request() {
     in_namespace("client", |namespace| {
         let mut nodes = workers()?.into_iter();
@@ -581,6 +632,19 @@ fn a_client_is_answered_whatever_happens_to_its_request() {
         let pod = namespace.pod_of("wrong")?;
         let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
         let mut client = Client::on(&other)?;
+        let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
+        let logged = |id: &str, status: u64, words: &str| {
+            until(&format!("the log tells of {words}"), MINUTE, || {
+                let log = namespace.kubectl(&["logs", name])?;
+                let line = log
+                    .lines()
+                    .find(|line| line.contains(&format!("request {id}: ")));
+                let told = line.is_some_and(|line| {
+                    line.contains(words) && line.ends_with(&format!("answered with {status}"))
+                });
+                Ok(told.then_some(()))
+            })
+        };
         for (what, status, words) in [
             ("raise", 500, "ValueError"),
             ("object", 500, "not JSON serializable"),
@@ -624,14 +688,23 @@ fn a_client_is_answered_whatever_happens_to_its_request() {
                 client.get(address, 8080, "/")?.text()? == "fine",
                 "the next request after {what}"
             );
-            if status >= 502 {
-                let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
-                until(&format!("the log tells of {what}"), MINUTE, || {
-                    let log = namespace.kubectl(&["logs", name])?;
-                    Ok((log.contains(id) && log.contains(words)).then_some(()))
-                })?;
-            }
+            logged(id, status, words)?;
         }
+        let answer = client.get(address, 8080, "/?what=raise")?;
+        let answer: Value = serde_json::from_str(&answer.body)?;
+        let id = answer["requestId"].as_str().context("requestId")?;
+        until(
+            "the log has the traceback below the request",
+            MINUTE,
+            || {
+                let log = namespace.kubectl(&["logs", name])?;
+                let mut lines = log.lines().skip_while(|line| !line.contains(id)).skip(1);
+                let first = lines
+                    .next()
+                    .is_some_and(|line| line.starts_with("Traceback "));
+                Ok((first && lines.any(|line| line.contains("app.py"))).then_some(()))
+            },
+        )?;
         let head = "GET / HTTP/1.1\r\nHost: x\r\n";
         for (what, text, status, words) in [
             ("no HTTP", "hello\r\n\r\n".to_owned(), 400, "malformed"),
@@ -683,6 +756,8 @@ fn a_client_is_answered_whatever_happens_to_its_request() {
                     && body["requestId"].is_string(),
                 "{what}: {answer:?}"
             );
+            let id = body["requestId"].as_str().unwrap_or_default();
+            logged(id, status, words)?;
             ensure!(
                 client.get(address, 8080, "/")?.text()? == "fine",
                 "the next request after {what}"

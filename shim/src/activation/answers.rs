@@ -1,7 +1,7 @@
 //! The three answers that the shim gives itself: 429 when too many wait, 502 when a leaf ended before
 //! it answered or none can be started, 504 when a request took too long.
 
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use super::decide::Answer;
 use super::end::End;
@@ -65,6 +65,30 @@ impl Answer {
     }
 }
 
+/// Between lines about [`Overloads`].
+const OVERLOADS: Duration = Duration::from_secs(1);
+
+/// Requests for which there was no room. A client that does not heed `Retry-After` would fill the log with them, so only one
+/// a second gets a line.
+#[derive(Debug, Default)]
+pub(super) struct Overloads {
+    last: Option<Instant>,
+    /// Since that one.
+    silent: u64,
+}
+
+impl Overloads {
+    /// Counts one. If it gets a line: how many before it got none.
+    pub(super) fn count(&mut self, now: Instant) -> Option<u64> {
+        if self.last.is_some_and(|last| now < last + OVERLOADS) {
+            self.silent += 1;
+            return None;
+        }
+        self.last = Some(now);
+        Some(std::mem::take(&mut self.silent))
+    }
+}
+
 /// A name for one request, in the form that leaves use: 128 random bits in hex.
 #[must_use]
 pub fn request_id() -> String {
@@ -121,6 +145,16 @@ mod tests {
                     .is_some_and(|error| !error.is_empty())
             );
         }
+    }
+
+    #[test]
+    fn one_overload_a_second_gets_a_line() {
+        let mut overloads = Overloads::default();
+        let start = Instant::now();
+        let lines: Vec<_> = [0, 1, 999, 1000, 1001, 5000]
+            .map(|millis| overloads.count(start + Duration::from_millis(millis)))
+            .into();
+        assert_eq!(lines, [Some(0), None, None, Some(2), None, Some(1)]);
     }
 
     #[test]

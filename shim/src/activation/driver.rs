@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use sock_zygote::protocol::LeafExtras;
 use tokio::sync::{Notify, oneshot};
 
-use super::answers::request_id;
+use super::answers::{Overloads, request_id};
 use super::cgroups::LeafCgroups;
 use super::connections::{Connections, Peeked, Watch, peek, readable};
 use super::decide::{Action, Answer, Conn, Dispatcher, Input, Leaf, Rules};
@@ -65,6 +65,7 @@ pub(super) struct Driver {
     pub(super) cold: Told,
     pub(super) oom_score_adj: Option<i32>,
     zygotes: Option<Rc<dyn Zygotes>>,
+    overloads: RefCell<Overloads>,
 }
 
 impl Driver {
@@ -98,6 +99,7 @@ impl Driver {
             cold,
             oom_score_adj,
             zygotes,
+            overloads: RefCell::default(),
         }
     }
 
@@ -229,19 +231,25 @@ impl Driver {
             .entry(answer.status())
             .or_default() += 1;
         let status = answer.status();
-        if answer == Answer::Overloaded {
+        let others = if answer == Answer::Overloaded {
             tracing::debug!(conn = conn.0, request = %id, status, "the queue is full");
+            let Some(others) = self.overloads.borrow_mut().count(now()) else {
+                return;
+            };
+            others
         } else {
             tracing::warn!(conn = conn.0, request = %id, status, reason = %error, sent, "answered in a leaf's place");
-            let output = Rc::clone(&self.output);
-            tokio::task::spawn_local(async move {
-                output
-                    .say(&format!(
-                        "sock: request {id}: {error}: answered with {status}"
-                    ))
-                    .await;
-            });
-        }
+            0
+        };
+        let others = match others {
+            0 => String::new(),
+            others => format!(", as {others} were before it"),
+        };
+        let output = Rc::clone(&self.output);
+        tokio::task::spawn_local(async move {
+            let line = format!("sock: request {id}: {error}: answered with {status}{others}");
+            output.say(&line).await;
+        });
     }
 
     /// Waits for bytes on a connection, with a limit on how long and on how many wait.

@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::future::Future;
+use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -493,14 +494,19 @@ impl Shop {
                     exit(py, &self.runtime, status);
                 }
                 let explained = self.runtime.explain(py, &error);
-                eprintln!("{}", explained.traceback.trim_end());
-                Err(explained.line)
+                Err((explained.line, explained.traceback))
             }
         });
-        Ok(match outcome.and_then(|answer| respond(answer, &id)) {
-            Ok(response) => response,
-            Err(message) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &message, &id),
-        })
+        let told = |error| (error, String::new());
+        Ok(
+            match outcome.and_then(|answer| respond(answer, &id).map_err(told)) {
+                Ok(response) => response,
+                Err((message, traceback)) => {
+                    let status = StatusCode::INTERNAL_SERVER_ERROR;
+                    refuse_with(status, &message, &traceback, &id)
+                }
+            },
+        )
     }
 
     fn call(
@@ -601,7 +607,27 @@ fn respond(answer: Answer, id: &str) -> Result<Response<Full<Bytes>>, String> {
     Ok(response)
 }
 
+/// Into the container's log, with the name under which the client knows the request.
+fn log(status: StatusCode, message: &str, traceback: &str, id: &str) {
+    let traceback = traceback.trim_end();
+    let gap = if traceback.is_empty() { "" } else { "\n" };
+    let code = status.as_u16();
+    let text = format!("sock: request {id}: {message}: answered with {code}{gap}{traceback}\n");
+    // One write, so that no other thread's line comes between. A handler may have closed standard error: its loss.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
 fn refuse(status: StatusCode, message: &str, id: &str) -> Response<Full<Bytes>> {
+    refuse_with(status, message, "", id)
+}
+
+fn refuse_with(
+    status: StatusCode,
+    message: &str,
+    traceback: &str,
+    id: &str,
+) -> Response<Full<Bytes>> {
+    log(status, message, traceback, id);
     let mut response = Response::new(Full::new(Bytes::from(error_body(status, message, id))));
     *response.status_mut() = status;
     response
@@ -658,6 +684,7 @@ fn malformed(error: &hyper::Error) -> Vec<u8> {
         )
     };
     let id = new_request_id();
+    log(status, message, "", &id);
     let body = error_body(status, message, &id);
     format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\nx-request-id: {id}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",

@@ -626,8 +626,11 @@ def call(handler, event, context):
     except SystemExit:
         raise
     except BaseException as error:
-        _, text = explain(error)
-        print(text, file=sys.stderr, end="" if text.endswith("\n") else "\n")
+        line, text = explain(error)
+        line = " ".join(line.split())
+        # In one piece, so that no other thread's output comes between.
+        told = f"sock: request {context.request_id}: {line}: answered with 500\n{text}"
+        print(told, file=sys.stderr, end="" if text.endswith("\n") else "\n")
         return (
             500,
             [("content-type", "application/json")],
