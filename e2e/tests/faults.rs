@@ -67,15 +67,15 @@ fn check(fault: &str, round: &Value) -> Result<()> {
     match fault {
         "leaf" => ensure!(
             of("lost")? + of("lost_served")? + of("unsent")? == 0
-                && errors <= 1
+                && errors == 1
                 && answered
                     .keys()
                     .all(|answer| answer.starts_with("502 the function's process")),
             "only the request of the killed leaf fails, with 502: {round}"
         ),
         "shim" | "disk" => ensure!(
-            of("lost")? == 0,
-            "only requests that the killed shim was serving are lost: {round}"
+            of("lost")? + errors == 0,
+            "only requests that the killed shim was serving are lost, and none is answered by an error: {round}"
         ),
         // All pods of it were serving. Pods of a node that has restarted get addresses anew, and one that was a
         // Function's may be the operator's next, who answers what still comes to it.

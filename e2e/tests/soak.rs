@@ -161,6 +161,23 @@ fn many_functions_under_load_keep_nothing() -> Result<()> {
             "{right} requests in {} s, all answered rightly",
             time.as_secs()
         );
+        let began_since = last
+            .keys()
+            .find(|name| name.starts_with("shim ") && !first.contains_key(*name));
+        ensure!(began_since.is_none(), "a shim began anew: {began_since:?}");
+        let pods = namespace.get(&["pods"])?;
+        for pod in pods["items"].as_array().context("pods")? {
+            for container in pod["status"]["containerStatuses"]
+                .as_array()
+                .into_iter()
+                .flatten()
+            {
+                ensure!(
+                    container["restartCount"] == 0,
+                    "a zygote or a Function began anew: {pod}"
+                );
+            }
+        }
         let mut most: BTreeMap<&str, i64> = BTreeMap::new();
         for (name, (memory, descriptors)) in &last {
             // A spare that was forked since is none of those that were there.

@@ -15,6 +15,8 @@ use super::processes::{Process, all, sandboxes};
 /// A leaf that is not there at this moment may be there at the next.
 const UNTIL_THERE: Duration = Duration::from_secs(5);
 
+const STOPPED_WITHIN: Duration = Duration::from_millis(200);
+
 const GONE_WITHIN: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
@@ -23,7 +25,7 @@ const GONE_WITHIN: Timespec = Timespec {
 /// Who is killed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Victim {
-    /// A leaf of the Function's pod with this UID.
+    /// A leaf of the Function's pod with this UID, while its handler sleeps.
     Leaf(String),
     /// The zygote of the pool's pod with this UID.
     Zygote(String),
@@ -56,6 +58,7 @@ pub fn run(victim: &Victim) -> Result<Killed> {
     let until = Instant::now() + UNTIL_THERE;
     loop {
         let found = all()?.into_iter().find(|one| is(one, victim, &sandboxes));
+        let found = found.filter(|one| !matches!(victim, Victim::Leaf(_)) || stopped_asleep(one));
         if let Some((process, pid)) = found.and_then(|one| Some((Pid::from_raw(one.pid)?, one.pid)))
         {
             let pidfd = pidfd_open(process, PidfdFlags::empty());
@@ -91,6 +94,45 @@ fn is(process: &Process, victim: &Victim, sandboxes: &[String]) -> bool {
         Victim::Shim(_) => process.is_shim_of(sandboxes),
         Victim::Program(name) => process.name == *name,
     }
+}
+
+/// Stops a process that sleeps for a time, as the handler does and nothing else in a leaf; any other goes on.
+///
+/// Stopped, it cannot finish and answer before it is killed.
+fn stopped_asleep(process: &Process) -> bool {
+    let Some(pid) = Pid::from_raw(process.pid) else {
+        return false;
+    };
+    if !sleeps(process) || kill_process(pid, Signal::STOP).is_err() {
+        return false;
+    }
+    let until = Instant::now() + STOPPED_WITHIN;
+    while !is_stopped(process) && Instant::now() < until {
+        std::thread::yield_now();
+    }
+    let asleep = is_stopped(process) && sleeps(process);
+    if !asleep {
+        // It is gone, or it is somebody else's.
+        let _ = kill_process(pid, Signal::CONT);
+    }
+    asleep
+}
+
+/// Whether it is in clock_nanosleep(2) (proc_pid_syscall(5)).
+fn sleeps(process: &Process) -> bool {
+    let call = fs::read_to_string(process.directory.join("syscall")).unwrap_or_default();
+    let number = call
+        .split(' ')
+        .next()
+        .and_then(|number| number.parse().ok());
+    number == Some(libc::SYS_clock_nanosleep)
+}
+
+/// The state follows the name in parentheses (proc_pid_stat(5)).
+fn is_stopped(process: &Process) -> bool {
+    let stat = fs::read_to_string(process.directory.join("stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('T'))
 }
 
 /// How many PID namespaces see it, from the node's on.
