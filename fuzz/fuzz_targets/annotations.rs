@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use sock_shim::activation::{FunctionConfig, ZygoteName};
+use sock_shim::activation::{Ancestor, FunctionConfig, ZygoteName};
 use sock_shim::role::PoolConfig;
 use sock_zygote_protocol::{MAX_MESSAGE, ToZygote};
 
@@ -23,6 +23,13 @@ fn check_name(name: &ZygoteName) {
         .collect();
     assert!(below.len() == 2 && below.iter().all(|c| matches!(c, Component::Normal(_))));
     assert!(!name.lock.contains(['/', '.', '\0']));
+}
+
+fn check_ancestor(ancestor: &Ancestor) {
+    for part in [&ancestor.digest, &ancestor.lock] {
+        assert!(!part.is_empty() && part.len() <= 64);
+        assert!(part.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-'));
+    }
 }
 
 fuzz_target!(|text: &str| {
@@ -41,6 +48,8 @@ fuzz_target!(|text: &str| {
             let rules = config.rules();
             assert!(rules.instances == config.instances && rules.queue <= 100);
             config.zygote.iter().for_each(check_name);
+            assert!(config.ancestors.len() <= 7);
+            config.ancestors.iter().for_each(check_ancestor);
         }
         Ok(None) => assert!(!annotations.contains_key("sock.dev/function")),
         Err(error) => assert!(error.to_string().len() < 1500),
@@ -48,6 +57,7 @@ fuzz_target!(|text: &str| {
     match PoolConfig::from_annotations(&annotations) {
         Ok(config) => {
             check_name(&config.name);
+            config.parent.iter().for_each(check_ancestor);
             assert!(config.setup.spares <= 64 && config.status_port > 0);
             let message = ToZygote::Configure(config.setup);
             assert!(postcard::to_stdvec(&message).expect("a message").len() <= MAX_MESSAGE);

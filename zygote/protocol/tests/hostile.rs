@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sock_zygote_protocol::{
     Attached, Error, FdRole, FromLeaf, FromZygote, LeafSetup, MAX_FDS, MAX_MESSAGE, ModuleImport,
-    Phase, Rlimit, ToLeaf, ToZygote, ZygoteSetup, pair, receive, send,
+    Phase, Rlimit, ToLeaf, ToZygote, ZygoteFd, ZygoteSetup, pair, receive, send,
 };
 
 /// Tests run beside each other, and descriptors are counted for all: who counts them is alone.
@@ -91,6 +91,8 @@ fn from_zygote() -> impl Strategy<Value = FromZygote> {
         }),
         (any::<u64>(), ".*")
             .prop_map(|(ticket, message)| FromZygote::ForkFailed { ticket, message }),
+        Just(FromZygote::Hello),
+        Just(FromZygote::Entered),
     ]
 }
 
@@ -108,6 +110,12 @@ fn to_zygote() -> impl Strategy<Value = ToZygote> {
         ),
         Just(ToZygote::Attach),
         any::<(u64, bool)>().prop_map(|(ticket, fresh)| ToZygote::Fork { ticket, fresh }),
+        any::<u64>().prop_map(|ticket| ToZygote::ForkZygote { ticket }),
+        prop::collection::vec(
+            prop::sample::select(vec![ZygoteFd::Entry, ZygoteFd::Pid, ZygoteFd::User]),
+            0..6
+        )
+        .prop_map(|fds| ToZygote::Enter { fds }),
     ]
 }
 
