@@ -15,8 +15,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, UCred, send, sendmsg};
 use rustix::process::{Gid, Pid, Uid};
-use sock_zygote::protocol::{self, FromLeaf, FromZygote, LeafExtras, ModuleImport, ToZygote};
-use sock_zygote::{Channel, Error, ForkOrigin, Zygote, ZygoteChannel};
+use sock_zygote::protocol::{
+    self, FromLeaf, FromZygote, LeafExtras, ModuleImport, ToZygote, ZygoteEntry,
+};
+use sock_zygote::{Channel, EntryFds, Error, ForkOrigin, SealedSetup, Zygote, ZygoteChannel};
 use support::{Cgroup, connection, shim, zygote_setup};
 
 /// Far more than any of this takes on a busy machine, and far less than the tenant would like.
@@ -352,6 +354,186 @@ fn a_leaf_that_is_no_process_or_speaks_out_of_turn_is_none() {
         });
         let error = early.await.err().unwrap();
         assert!(matches!(error, Error::Unexpected { .. }), "{error}");
+    });
+}
+
+/// A process that idles and has the number of one that has ended.
+struct Successor(Pid);
+
+impl Successor {
+    /// Ends `former`, and takes its number.
+    fn of(former: &mut Child) -> Successor {
+        let pid = Pid::from_child(former);
+        former.kill().unwrap();
+        former.wait().unwrap();
+        let number = pid.as_raw_nonzero().get();
+        // SAFETY: plain numbers, for which 0 is "none"; clone3(2) reads the number that `set_tid` points to. The child, a copy
+        // of one thread, makes only system calls; it lets go of the channels whose end others wait for.
+        let made = unsafe {
+            let mut how: libc::clone_args = std::mem::zeroed();
+            how.exit_signal = u64::try_from(libc::SIGCHLD).unwrap();
+            how.set_tid = std::ptr::from_ref(&number).expose_provenance() as u64;
+            how.set_tid_size = 1;
+            let made = libc::syscall(libc::SYS_clone3, &raw const how, size_of_val(&how));
+            if made == 0 {
+                libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0);
+                loop {
+                    libc::pause();
+                }
+            }
+            made
+        };
+        assert_eq!(
+            made,
+            libc::c_long::from(number),
+            "the number of a process that has ended is not to be had: {}",
+            std::io::Error::last_os_error()
+        );
+        Successor(pid)
+    }
+
+    fn join(&self, cgroup: &Cgroup) {
+        let number = self.0.as_raw_nonzero().to_string();
+        std::fs::write(cgroup.0.join("cgroup.procs"), number).unwrap();
+    }
+
+    fn oom_score_adj(&self) -> i32 {
+        let path = format!("/proc/{}/oom_score_adj", self.0.as_raw_nonzero());
+        std::fs::read_to_string(path)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap()
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        rustix::process::kill_process(self.0, rustix::process::Signal::KILL).unwrap();
+        let options = rustix::process::WaitOptions::empty();
+        rustix::process::waitpid(Some(self.0), options).unwrap();
+    }
+}
+
+/// What the shim makes of a first word that says it comes from `named`, and the child's end of its channel. What is done
+/// `meanwhile` is done before the shim reads the word.
+async fn named<T>(
+    asked: impl Future<Output = T>,
+    theirs: &OwnedFd,
+    hello: &[u8],
+    named: Pid,
+    meanwhile: impl FnOnce(),
+) -> (T, OwnedFd) {
+    let named = UCred {
+        pid: named,
+        uid: Uid::ROOT,
+        gid: Gid::ROOT,
+    };
+    // One after the other on this thread: the request is sent when the first is polled, and its answer is read when the
+    // second has come to its end.
+    tokio::join!(asked, async {
+        let mut request = protocol::receive::<ToZygote>(theirs).unwrap();
+        let control = request.fds.pop().unwrap();
+        send_raw(&control, hello, &[], Some(named));
+        meanwhile();
+        control
+    })
+}
+
+/// A preference for want of memory that no process of these tests has, unless the shim has given it that.
+const SCORE: i32 = 777;
+
+#[test]
+fn whoever_has_the_number_of_a_leaf_that_has_ended_is_not_taken_for_it() {
+    // When the number changes hands, if its new process is in the leaf's cgroup, whom the shim takes for the leaf, and if it
+    // writes to the new process.
+    let cases = [
+        ("before the word is read", false, ("nobody", false)),
+        // Whoever is named, it is a process of the pod, and will be killed as one.
+        ("before the word is read", true, ("successor", true)),
+        ("after that", false, ("leaf that has ended", false)),
+        ("after that", true, ("leaf that has ended", false)),
+    ];
+    shim(async {
+        for (when, is_member, expected) in cases {
+            let (channel, theirs) = zygote();
+            let mut leaf = another_process();
+            let pid = Pid::from_child(&leaf);
+            let mut successor = None;
+            let (forked, control) = named(channel.fork(true), &theirs, &[0], pid, || {
+                successor = when.starts_with("before").then(|| Successor::of(&mut leaf));
+            })
+            .await;
+            let confining = told(forked.unwrap().0);
+            let successor = successor.unwrap_or_else(|| Successor::of(&mut leaf));
+            let cgroup = Cgroup::new();
+            if is_member {
+                successor.join(&cgroup);
+            }
+            assert_ne!(successor.oom_score_adj(), SCORE);
+            protocol::send(&control, &FromLeaf::Confined { phases: vec![] }, &[]).unwrap();
+            let taken = match confining.confined(Some(&cgroup.0), Some(SCORE)).await {
+                Ok((leaf, ..)) if ended(leaf.pidfd()) => "leaf that has ended",
+                Ok(_) => "successor",
+                Err(Error::Impostor { .. }) => "nobody",
+                Err(error) => panic!("{when}, {is_member}: {error}"),
+            };
+            let is_written_to = successor.oom_score_adj() == SCORE;
+            assert_eq!((taken, is_written_to), expected, "{when}, {is_member}");
+        }
+    });
+}
+
+/// Whether the process of a pidfd has.
+fn ended(pidfd: BorrowedFd<'_>) -> bool {
+    let now = rustix::event::Timespec::default();
+    let mut watched = [rustix::event::PollFd::from_borrowed_fd(
+        pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    rustix::event::poll(&mut watched, Some(&now)).unwrap() > 0
+}
+
+#[test]
+fn whoever_has_the_number_of_a_zygotes_child_that_has_ended_is_not_taken_for_it() {
+    shim(async {
+        let hello = postcard(&FromZygote::Hello);
+        // Of all processes of this test: what refuses is that the child has ended.
+        let user = std::fs::File::open("/proc/self/ns/user").unwrap();
+        let (channel, theirs) = zygote();
+        let mut child = another_process();
+        let pid = Pid::from_child(&child);
+        let (newborn, control) = named(channel.fork_zygote(), &theirs, &hello, pid, || {}).await;
+        let newborn = newborn.unwrap();
+        newborn.namespaces(user.as_fd()).unwrap();
+        let successor = Successor::of(&mut child);
+        let error = newborn.namespaces(user.as_fd()).err().unwrap();
+        assert!(matches!(error, Error::Impostor { .. }), "{error}");
+
+        // On its way into its container it is whoever says that it is there.
+        let mut child = another_process();
+        let last = UCred {
+            pid: Pid::from_child(&child),
+            uid: Uid::ROOT,
+            gid: Gid::ROOT,
+        };
+        let entry = SealedSetup::of_zygote(&ZygoteEntry { env: vec![] }).unwrap();
+        let stderr = std::io::stderr();
+        let fds = EntryFds {
+            namespaces: vec![],
+            cgroups: vec![],
+            stdout: stderr.as_fd(),
+            stderr: stderr.as_fd(),
+        };
+        let entering = newborn.enter(&entry, &fds).unwrap();
+        send_raw(&control, &postcard(&FromZygote::Entered), &[], Some(last));
+        let other = Successor::of(&mut child);
+        let cgroup = Cgroup::new();
+        let error = entering.entered(&cgroup.0, Some(SCORE)).await.err();
+        assert!(matches!(error, Some(Error::Impostor { .. })), "{error:?}");
+        for one in [successor, other] {
+            assert_ne!(one.oom_score_adj(), SCORE);
+        }
     });
 }
 
