@@ -1,8 +1,13 @@
 //! New versions of everything under load, and packages that are taken away: no request is lost.
 
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use sock_e2e::{Client, MINUTE, Namespace, Node, in_namespace, kubectl, manifest, until, workers};
+use sock_e2e::{
+    Client, MINUTE, Namespace, Node, get, in_namespace, kubectl, manifest, program, until, workers,
+};
 
 const CODE: &str = "
 import os
@@ -20,11 +25,11 @@ struct Loaded<'a> {
 }
 
 impl Loaded<'_> {
-    fn new<'a>(namespace: &'a Namespace) -> Result<Loaded<'a>> {
+    fn new<'a>(namespace: &'a Namespace, code: &str) -> Result<Loaded<'a>> {
         let mut nodes = workers()?.into_iter();
         let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
         let idle = json!({"idle": {"freezeAfterMs": 100, "endAfterMs": 300}});
-        let function = manifest::with(manifest::function("busy", "plain", CODE), &idle);
+        let function = manifest::with(manifest::function("busy", "plain", code), &idle);
         namespace.serve("busy", &[set(&node, &["json"]), function])?;
         let mut client = Client::on(&other)?;
         let service = namespace.routed("busy", &other)?;
@@ -72,17 +77,17 @@ impl Loaded<'_> {
         Ok(pool)
     }
 
-    /// Waits until the Function has one pod, and its leaves are forked from the zygote that is there now.
-    fn until_forked(&mut self) -> Result<()> {
-        until("leaves are forked from the zygote", 2 * MINUTE, || {
-            let zygote = self.node.zygote_of(&self.pool()?)?;
-            let pod = self.namespace.pod_of("busy")?;
-            self.client.get(&self.service, 80, "/")?.text()?;
-            let leaves = self.node.interpreters_of(&pod)?;
-            Ok(leaves
-                .iter()
-                .any(|leaf| leaf.user_namespace == zygote.user_namespace)
-                .then_some(()))
+    /// Waits until the Function has so many pods, all ready.
+    fn until_ready(&self, count: usize) -> Result<Vec<Value>> {
+        until(&format!("{count} pods serve"), 2 * MINUTE, || {
+            let pods = self.namespace.pods("sock.dev/function=busy")?;
+            let ready = pods.iter().filter(|pod| {
+                pod["status"]["conditions"].as_array().is_some_and(|all| {
+                    all.iter()
+                        .any(|one| one["type"] == "Ready" && one["status"] == "True")
+                })
+            });
+            Ok((ready.count() == count && pods.len() == count).then_some(pods))
         })
     }
 
@@ -100,10 +105,40 @@ fn set(node: &Node, imports: &[&str]) -> Value {
     manifest::only_on(&node.name, manifest::package_set("plain", imports))
 }
 
+/// Each leaf says in the log, before it is ready, whether a zygote has forked it (PID 1 is a leaf's own) and whether that had the
+/// new package.
+const WARM: &str = "
+import os
+import sys
+print('leaf', 'forked' if os.getpid() == 1 else 'plain', 'warm' if 'decimal' in sys.modules else 'cold')
+import decimal
+
+def handler(event, context):
+    return context.pod
+";
+
+/// Has a pod answer, and makes sure that each of its leaves, from the first, was forked from a zygote with the new package.
+fn all_are_warm(loaded: &mut Loaded, pod: &Value) -> Result<()> {
+    let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
+    let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+    let answer = loaded.client.get(address, 8080, "/")?;
+    ensure!(answer.text()? == name, "{answer:?}");
+    let log = loaded.namespace.kubectl(&["logs", name])?;
+    let mut leaves = log
+        .lines()
+        .filter(|line| line.starts_with("leaf "))
+        .peekable();
+    ensure!(
+        leaves.peek().is_some() && leaves.all(|line| line == "leaf forked warm"),
+        "{name} has leaves that do not come from the new zygote: {log}"
+    );
+    Ok(())
+}
+
 #[test]
 fn new_packages_take_over_when_they_are_warm_and_not_before() {
     in_namespace("packages", |namespace| {
-        let mut loaded = Loaded::new(namespace)?;
+        let mut loaded = Loaded::new(namespace, WARM)?;
         let before = namespace.pod_of("busy")?;
         // A version that never gets warm changes nothing.
         namespace.apply(&[set(&loaded.node, &["json", "nothing_of_this_name"])])?;
@@ -135,7 +170,12 @@ fn new_packages_take_over_when_they_are_warm_and_not_before() {
             "Functions follow when it is warm: {}",
             set["status"]
         );
-        loaded.until_forked()?;
+        // Not one pod of the new version answers before it can fork what it answers with.
+        all_are_warm(&mut loaded, &namespace.pod_of("busy")?)?;
+        namespace.kubectl(&["scale", "function/busy", "--replicas=3"])?;
+        for pod in loaded.until_ready(3)? {
+            all_are_warm(&mut loaded, &pod)?;
+        }
         loaded.nothing_lost()
     });
 }
@@ -143,7 +183,7 @@ fn new_packages_take_over_when_they_are_warm_and_not_before() {
 #[test]
 fn a_function_outlives_its_packages_and_says_so() {
     in_namespace("orphan", |namespace| {
-        let mut loaded = Loaded::new(namespace)?;
+        let mut loaded = Loaded::new(namespace, CODE)?;
         namespace.kubectl(&["delete", "packageset/plain", "--timeout=60s"])?;
         until("the Function says so", MINUTE, || {
             Ok(loaded.condition("PackageSetMissing")?.then_some(()))
@@ -186,7 +226,7 @@ fn a_function_outlives_its_packages_and_says_so() {
 #[test]
 fn a_new_operator_takes_over_and_costs_no_request() {
     in_namespace("operator", |namespace| {
-        let loaded = Loaded::new(namespace)?;
+        let loaded = Loaded::new(namespace, CODE)?;
         let operator = "deployment/sock-operator";
         kubectl(&["-n", "sock-system", "rollout", "restart", operator])?;
         // What is applied meanwhile is done by one of the two.
@@ -206,49 +246,146 @@ fn a_new_operator_takes_over_and_costs_no_request() {
     });
 }
 
-/// Puts another file in the shim's place as the node installer does, by rename; the same program, longer by a byte.
-const REPLACE: &str = r#"
-set -e
-cd /opt/sock/bin
-stat -c %i containerd-shim-sock-v1
-cp containerd-shim-sock-v1 .new
-printf x >>.new
-mv .new containerd-shim-sock-v1
-stat -c %i containerd-shim-sock-v1
+/// A node image like the one that was built, but for its shim, which is the same program and longer by a byte; every node gets
+/// it under a name of its own. `$1`: the project, `$2`: the name.
+const NEXT: &str = r#"
+set -euo pipefail
+archive=$1/target/archives/node.tar
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/root"
+blob() { tar -xOf "$archive" "blobs/${1/://}"; }
+manifest=$(tar -xOf "$archive" index.json | jq -r '.manifests[0].digest')
+layer=$(blob "$manifest" | jq -r '.layers[0].digest')
+blob "$layer" | tar -xp -C "$work/root"
+printf x >>"$work/root/opt/sock/bin/containerd-shim-sock-v1"
+"$1/e2e/cluster/archive.py" "$work/node.tar" "$2" "$work/root" --entrypoint '["/sock-node"]'
+"$1/e2e/cluster/load" "$work/node.tar"
 "#;
+const NEXT_IMAGE: &str = "docker.io/sock/node:e2e-next";
+
+/// The node installers with another image than the one that they had, which they get back.
+struct OtherInstallers {
+    former: String,
+}
+
+impl OtherInstallers {
+    fn roll_out() -> Result<OtherInstallers> {
+        let project = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+        let made = program("bash", &["-c", NEXT, "bash", project, NEXT_IMAGE])?.output()?;
+        ensure!(
+            made.status.success(),
+            "no image: {}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        let set = get(&["-n", "sock-system", "daemonset", "sock-node"])?;
+        let image = &set["spec"]["template"]["spec"]["containers"][0]["image"];
+        let installers = OtherInstallers {
+            former: image.as_str().context("an image")?.to_owned(),
+        };
+        installers.set(NEXT_IMAGE)?;
+        installers.until_there()?;
+        Ok(installers)
+    }
+
+    fn set(&self, image: &str) -> Result<()> {
+        let image = format!("node={image}");
+        kubectl(&[
+            "-n",
+            "sock-system",
+            "set",
+            "image",
+            "daemonset/sock-node",
+            &image,
+        ])?;
+        Ok(())
+    }
+
+    fn until_there(&self) -> Result<()> {
+        kubectl(&[
+            "-n",
+            "sock-system",
+            "rollout",
+            "status",
+            "daemonset/sock-node",
+            "--timeout=180s",
+        ])?;
+        Ok(())
+    }
+
+    fn take_back(self) -> Result<()> {
+        self.set(&self.former)?;
+        self.until_there()
+    }
+}
+
+impl Drop for OtherInstallers {
+    fn drop(&mut self) {
+        // Also of a test that failed; otherwise it is there already.
+        let _ = self.set(&self.former);
+    }
+}
+
+/// Digest of the shim that the next pod of a node gets.
+fn installed(node: &Node) -> Result<String> {
+    node.shell("sha256sum </opt/sock/bin/containerd-shim-sock-v1", &[])
+}
+
+/// Digest of the program that the shim of a pod is, whatever has taken its place since.
+fn shim_of(node: &Node, pod: &Value) -> Result<String> {
+    let uid = pod["metadata"]["uid"].as_str().context("metadata.uid")?;
+    let script = r#"
+        sandbox=$(crictl pods --quiet --no-trunc --label "io.kubernetes.pod.uid=$1")
+        for each in /proc/[0-9]*; do
+          case $(tr '\0' ' ' 2>/dev/null <"$each/cmdline") in
+            */containerd-shim-sock-v1\ *"$sandbox"*) sha256sum <"$each/exe"; break ;;
+          esac
+        done"#;
+    let digest = node.shell(script, &[uid])?;
+    ensure!(!digest.is_empty(), "the pod has no shim: {pod}");
+    Ok(digest)
+}
 
 #[test]
-fn old_shims_serve_their_pods_to_the_end_beside_new_ones() {
+fn old_shims_serve_their_pods_to_the_end_beside_those_of_a_new_node_image() {
     in_namespace("shim", |namespace| {
-        let mut loaded = Loaded::new(namespace)?;
+        let mut loaded = Loaded::new(namespace, CODE)?;
         let old = namespace.pod_of("busy")?;
-        let inodes = loaded.node.shell(REPLACE, &[])?;
-        let (before, after) = inodes.trim().split_once('\n').context("two files")?;
-        ensure!(before != after, "another file stands there");
+        let name = old["metadata"]["name"].as_str().context("metadata.name")?;
+        let former = installed(&loaded.node)?;
+        ensure!(shim_of(&loaded.node, &old)? == former);
+
+        let installers = OtherInstallers::roll_out()?;
+        let next = installed(&loaded.node)?;
+        for node in workers()? {
+            ensure!(installed(&node)? == next, "{}", node.name);
+        }
+        ensure!(next != former, "another shim stands there");
         loaded.go_on()?;
+        for pod in [&namespace.pod_of("busy")?, &loaded.pool()?] {
+            ensure!(
+                shim_of(&loaded.node, pod)? == former
+                    && pod["status"]["containerStatuses"][0]["restartCount"] == 0,
+                "{pod}"
+            );
+        }
 
         // A pod of the new shim beside one of the old.
         namespace.kubectl(&["scale", "function/busy", "--replicas=2"])?;
-        until("two pods serve", 2 * MINUTE, || {
-            let pods = namespace.pods("sock.dev/function=busy")?;
-            let ready = pods.iter().filter(|pod| {
-                pod["status"]["conditions"].as_array().is_some_and(|all| {
-                    all.iter()
-                        .any(|one| one["type"] == "Ready" && one["status"] == "True")
-                })
-            });
-            Ok((ready.count() == 2).then_some(()))
-        })?;
-        for pod in namespace.pods("sock.dev/function=busy")? {
+        for pod in loaded.until_ready(2)? {
+            let is_old = pod["metadata"]["uid"] == old["metadata"]["uid"];
+            let expected = if is_old { &former } else { &next };
+            ensure!(shim_of(&loaded.node, &pod)? == *expected, "{pod}");
             let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
-            loaded.client.get(address, 8080, "/")?.text()?;
+            // Both from the same zygote, whose shim is an old one.
+            let answer = loaded.client.get(address, 8080, "/")?;
+            ensure!(answer.text()? == "1", "{answer:?}");
             let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
             namespace.kubectl(&["exec", name, "--", "true"])?;
         }
         loaded.go_on()?;
 
         // The old one ends as it should.
-        let name = old["metadata"]["name"].as_str().context("metadata.name")?;
         namespace.kubectl(&["delete", "pod", name, "--timeout=60s"])?;
         let sandbox = format!("crictl pods --quiet --name {name}");
         until("its sandbox is gone", MINUTE, || {
@@ -259,6 +396,176 @@ fn old_shims_serve_their_pods_to_the_end_beside_new_ones() {
                 .is_empty()
                 .then_some(()))
         })?;
+
+        // The way back is the same.
+        installers.take_back()?;
+        for node in workers()? {
+            ensure!(installed(&node)? == former, "{}", node.name);
+        }
+        for pod in loaded.until_ready(2)? {
+            ensure!(shim_of(&loaded.node, &pod)? == next, "{pod}");
+        }
         loaded.nothing_lost()
+    });
+}
+
+/// A connection that is kept, in the client's pod of a node: it asks for each line, and at the last waits for the end.
+struct Kept {
+    child: Child,
+    lines: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+const KEPT: &str = "
+import http.client
+import sys
+
+connection = http.client.HTTPConnection(sys.argv[1], 80, timeout=90)
+connection.connect()
+connection.auto_open = 0
+announced = False
+for line in sys.stdin:
+    connection.request('GET', '/')
+    response = connection.getresponse()
+    print(response.status, response.read().decode(), flush=True)
+    announced = response.will_close
+print('announced' if announced else repr(connection.sock.recv(1)))
+";
+
+impl Kept {
+    fn open(from: &Node, service: &str) -> Result<Kept> {
+        let pod = format!("client-{}", from.name);
+        let mut child = program(
+            "kubectl",
+            &[
+                "-n", "sock-e2e", "exec", "-i", &pod, "--", "python3", "-c", KEPT, service,
+            ],
+        )?
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+        let lines = child.stdin.take().context("standard input")?;
+        let answers = BufReader::new(child.stdout.take().context("standard output")?);
+        Ok(Kept {
+            child,
+            lines,
+            answers,
+        })
+    }
+
+    fn ask(&mut self) -> Result<String> {
+        writeln!(self.lines)?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        Ok(answer.trim().to_owned())
+    }
+
+    /// Asks nothing more, and says how the connection ended.
+    fn end(self) -> Result<String> {
+        let Kept {
+            mut child,
+            lines,
+            mut answers,
+        } = self;
+        drop(lines);
+        let mut end = String::new();
+        answers.read_line(&mut end)?;
+        child.wait()?;
+        Ok(end.trim().to_owned())
+    }
+}
+
+fn slow(version: &str) -> Value {
+    let code = format!(
+        "
+import time
+
+def handler(event, context):
+    time.sleep(float(event['query'].get('seconds', 0)))
+    return '{version}'
+"
+    );
+    manifest::function("slow", "plain", &code)
+}
+
+/// Has the pod of the Function `slow` end in the midst of a long request, and while a connection is kept: both get what they were
+/// promised.
+fn outlive(
+    namespace: &Namespace,
+    client: &mut Client,
+    from: &Node,
+    version: &str,
+    end: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
+    let pod = namespace.pod_of("slow")?;
+    let name = pod["metadata"]["name"].as_str().context("metadata.name")?;
+    let service = namespace.routed("slow", from)?;
+    let expected = format!("200 {version}");
+    let mut kept = Kept::open(from, &service)?;
+    ensure!(kept.ask()? == expected);
+    client.open("long", &service, 80)?;
+    client.send("long", "/?seconds=25")?;
+
+    end(name)?;
+    let list = || namespace.get(&["pods", "--selector=sock.dev/function=slow"]);
+    let is_ending = || -> Result<bool> {
+        let pods = list()?;
+        let found = pods["items"].as_array().context("pods")?.iter();
+        let mut found = found.filter(|one| one["metadata"]["name"] == name);
+        let pod = found
+            .next()
+            .context("the pod is gone before the long request was answered")?;
+        Ok(!pod["metadata"]["deletionTimestamp"].is_null())
+    };
+    // The connection goes on to be used until the pod is told to end, and a last time thereafter.
+    until("the pod is told to end", MINUTE, || {
+        let was_ending = is_ending()?;
+        let answer = kept.ask()?;
+        ensure!(answer == expected, "on the kept connection: {answer}");
+        Ok(was_ending.then_some(()))
+    })?;
+    let end = kept.end()?;
+    ensure!(
+        end == "b''" || end == "announced",
+        "the kept connection did not end between two requests: {end}"
+    );
+    ensure!(is_ending()?, "the long request is not over");
+    let answer = client.receive("long")?;
+    ensure!(answer.text()? == version, "{answer:?}");
+    namespace.kubectl(&[
+        "wait",
+        &format!("pod/{name}"),
+        "--for=delete",
+        "--timeout=60s",
+    ])?;
+    Ok(())
+}
+
+#[test]
+fn a_long_request_and_a_kept_connection_outlive_new_code_and_the_end_of_their_pod() {
+    in_namespace("slow", |namespace| {
+        let mut nodes = workers()?.into_iter();
+        let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
+        namespace.serve("slow", &[set(&node, &["json"]), slow("first")])?;
+        let mut client = Client::on(&other)?;
+        let service = namespace.routed("slow", &other)?;
+        client.load("steady", &service, 80, "/")?;
+
+        outlive(namespace, &mut client, &other, "first", |_| {
+            namespace.apply(&[slow("second")])
+        })?;
+        let answer = client.get(&service, 80, "/")?;
+        ensure!(answer.text()? == "second", "{answer:?}");
+        outlive(namespace, &mut client, &other, "second", |pod| {
+            namespace.kubectl(&["delete", "pod", pod, "--wait=false"])?;
+            Ok(())
+        })?;
+
+        let counts = client.stop("steady")?;
+        ensure!(
+            counts.len() == 1 && counts.contains_key("200"),
+            "requests were lost: {counts:?}"
+        );
+        Ok(())
     });
 }
