@@ -18,103 +18,80 @@ pub struct TooSmall {
 /// It does not even if nothing is imported.
 pub fn fit(mut tree: Tree, shelf: &Shelf, overhead: Overhead, kib: f64) -> Result<Tree, TooSmall> {
     loop {
-        let now = tree.kib(shelf, overhead);
+        let now = tree.kib(overhead);
         if now <= kib {
             return Ok(tree);
         }
-        let worst = loads(&tree, shelf)
-            .into_iter()
-            .min_by(|a, b| (a.worth().total_cmp(&b.worth())).then(a.spared.total_cmp(&b.spared)));
-        let Some(worst) = worst else {
-            return Err(TooSmall { least_kib: now });
-        };
-        for (place, packages) in &worst.given_up {
-            tree.nodes[*place].own.difference_with(packages);
-        }
-        inherit(&mut tree);
-        dissolve(&mut tree);
-    }
-}
-
-/// A package that a zygote imports, and what else goes with it.
-struct Load {
-    given_up: Vec<(usize, FixedBitSet)>,
-    kib: f64,
-    /// Milliseconds, each as often as there are Functions.
-    spared: f64,
-}
-
-impl Load {
-    fn worth(&self) -> f64 {
-        self.spared / self.kib.max(1.0)
-    }
-}
-
-fn loads(tree: &Tree, shelf: &Shelf) -> Vec<Load> {
-    let below: Vec<Vec<usize>> = (0..tree.nodes.len())
-        .map(|place| tree.below(place))
-        .collect();
-    let weight: Vec<f64> = below
-        .iter()
-        .map(|below| {
-            let sets = below.iter().filter_map(|place| tree.nodes[*place].set);
-            sets.map(|set| shelf.sets[set].weight).sum()
-        })
-        .collect();
-    let loads_it = |group: usize, package: usize, other: usize| {
-        shelf.sets.iter().any(|set| {
-            set.group == group
-                && set
-                    .loads
-                    .get(&other)
-                    .is_some_and(|loads| loads.contains(package))
-        })
-    };
-    let mut found = Vec::new();
-    for (place, node) in tree.nodes.iter().enumerate() {
-        for package in node.own.ones() {
-            let mut load = Load {
-                given_up: Vec::new(),
-                kib: 0.0,
-                spared: 0.0,
-            };
-            for &other in &below[place] {
-                let mut gone = shelf.none();
-                for own in tree.nodes[other].own.ones() {
-                    if (own == package && other == place) || loads_it(node.group, package, own) {
-                        gone.insert(own);
-                    }
-                }
-                load.kib += shelf.kib(&gone);
-                load.spared += weight[other] * shelf.millis(&gone);
-                if !gone.is_clear() {
-                    load.given_up.push((other, gone));
+        let spared = tree.millis(shelf).0;
+        let mut worst: Option<((f64, f64), Tree)> = None;
+        for place in 0..tree.nodes.len() {
+            for package in tree.nodes[place].own.ones() {
+                let without = without(&tree, shelf, place, package);
+                let freed = now - without.kib(overhead);
+                let cost = spared - without.millis(shelf).0;
+                // Of those that are worth the same, what spares least in all.
+                let worth = (cost / freed.max(1.0), cost);
+                if worst.as_ref().is_none_or(|(least, _)| worth < *least) {
+                    worst = Some((worth, without));
                 }
             }
-            found.push(load);
         }
+        let Some((_, without)) = worst else {
+            return Err(TooSmall { least_kib: now });
+        };
+        tree = without;
     }
-    found
 }
 
-/// What is imported by descent, anew.
-fn inherit(tree: &mut Tree) {
-    for place in 0..tree.nodes.len() {
-        let mut warm = tree.nodes[place].own.clone();
-        if let Some(above) = tree.nodes[place].parent {
-            warm.union_with(&tree.nodes[above].warm);
-        }
-        tree.nodes[place].warm = warm;
+/// The tree without a package that a zygote imports, and without what loads it there and below.
+fn without(tree: &Tree, shelf: &Shelf, place: usize, package: usize) -> Tree {
+    let mut tree = tree.clone();
+    let below = tree.below(place);
+    let group = tree.nodes[place].group;
+    let mut gone = shelf.none();
+    gone.insert(package);
+    for set in shelf.sets.iter().filter(|set| set.group == group) {
+        let loading = set
+            .loads
+            .iter()
+            .filter(|(_, loads)| loads.contains(package));
+        gone.extend(loading.map(|(other, _)| *other));
     }
+    // What each imports itself: the rest follows from that.
+    let mut own: Vec<FixedBitSet> = tree.nodes.iter().map(|node| node.own.clone()).collect();
+    for &other in &below {
+        own[other].difference_with(&gone);
+    }
+    for (other, own) in own.into_iter().enumerate() {
+        let above = tree.nodes[other]
+            .parent
+            .map(|above| tree.nodes[above].warm.clone());
+        let above = above.unwrap_or_else(|| shelf.none());
+        let mut warm = own;
+        warm.union_with(&above);
+        // A set names modules, and has what they load, or not.
+        if let Some(set) = tree.nodes[other].set.map(|set| &shelf.sets[set]) {
+            let mut kept = above.clone();
+            for loads in set.imports.iter().filter(|loads| loads.is_subset(&warm)) {
+                kept.union_with(loads);
+            }
+            warm = kept;
+        }
+        tree.nodes[other].warm = warm;
+    }
+    tree.settle(shelf);
+    dissolve(&mut tree, shelf);
+    tree
 }
 
 /// Removes zygotes that are there for others and import nothing any more.
-fn dissolve(tree: &mut Tree) {
-    while let Some(place) = tree
-        .nodes
-        .iter()
-        .position(|node| node.set.is_none() && node.own.is_clear())
-    {
+fn dissolve(tree: &mut Tree, shelf: &Shelf) {
+    let empty = |tree: &Tree| {
+        let mut nodes = tree.nodes.iter();
+        nodes.position(|node| node.set.is_none() && node.own.is_clear())
+    };
+    let mut changed = false;
+    while let Some(place) = empty(tree) {
         let above = tree.nodes.remove(place).parent;
         for node in &mut tree.nodes {
             node.parent = match node.parent {
@@ -123,5 +100,9 @@ fn dissolve(tree: &mut Tree) {
                 parent => parent,
             };
         }
+        changed = true;
+    }
+    if changed {
+        tree.settle(shelf);
     }
 }

@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use http_body_util::{BodyExt as _, Limited};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, PostParams};
+use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt as _};
-use serde_json::json;
+use serde_json::{Value, json};
 use sock_crds::{Function, PackageSet, PackageSetSpec};
 use sock_plan::proposal::{PLANNED, Planned, wished_imports};
 use sock_plan::report::{Answer, Report};
@@ -17,8 +19,13 @@ use tokio::time::{Instant, sleep};
 
 use crate::Plan;
 use crate::costs::Costs;
-use crate::plan::{Given, MEASURE, key, pinned};
+use crate::given::{Given, LeftOut, MEASURE, extras, key, pinned, shown};
+use crate::stop::{Interrupted, Stop};
 
+/// Label of Functions that measure.
+const MEASURES: &str = "sock.dev/measures";
+/// Bytes of an answer.
+const MOST_ANSWER: usize = 8 << 20;
 /// Until a Function is ready that measures.
 const READY: Duration = Duration::from_secs(180);
 /// Until it has measured: each package in an interpreter of its own.
@@ -28,11 +35,12 @@ const MEASURED: Duration = Duration::from_secs(900);
 ///
 /// # Errors
 /// The cluster does not answer, or refuses.
-pub fn gather(plan: &Plan, costs: &mut Costs) -> Result<Given> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(read(plan, costs))
+pub async fn gather(plan: &Plan, costs: &mut Costs, stop: &mut Stop) -> Result<Given> {
+    let client = stop
+        .unless(connect(plan))
+        .await
+        .context("no connection to a cluster")?;
+    read(&client, plan, costs, stop).await
 }
 
 async fn connect(plan: &Plan) -> Result<Client> {
@@ -51,8 +59,7 @@ async fn connect(plan: &Plan) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-async fn read(plan: &Plan, costs: &mut Costs) -> Result<Given> {
-    let client = connect(plan).await.context("no connection to a cluster")?;
+async fn read(client: &Client, plan: &Plan, costs: &mut Costs, stop: &mut Stop) -> Result<Given> {
     let default = plan
         .namespace
         .clone()
@@ -65,22 +72,26 @@ async fn read(plan: &Plan, costs: &mut Costs) -> Result<Given> {
             Api::namespaced(client.clone(), &default),
         )
     };
-    let sets = sets
-        .list(&ListParams::default())
-        .await
-        .context("PackageSets")?
-        .items;
-    let functions = functions
-        .list(&ListParams::default())
-        .await
-        .context("Functions")?
-        .items;
+    let lists = async {
+        let sets = sets
+            .list(&ListParams::default())
+            .await
+            .context("PackageSets")?;
+        let functions = functions
+            .list(&ListParams::default())
+            .await
+            .context("Functions")?;
+        Ok((sets.items, functions.items))
+    };
+    let (sets, functions) = stop.unless(lists).await?;
     let mut users: BTreeMap<(String, String), usize> = BTreeMap::new();
     for function in functions {
-        let namespace = function.namespace().unwrap_or_default();
-        *users
-            .entry((namespace, function.spec.package_set))
-            .or_default() += 1;
+        if !function.labels().contains_key(MEASURES) {
+            let namespace = function.namespace().unwrap_or_default();
+            *users
+                .entry((namespace, function.spec.package_set))
+                .or_default() += 1;
+        }
     }
     let mut given = Given {
         running: true,
@@ -118,12 +129,16 @@ async fn read(plan: &Plan, costs: &mut Costs) -> Result<Given> {
             });
             continue;
         }
-        let what = || format!("PackageSet {name} of namespace {namespace}");
         let tell = || eprintln!("measuring {namespace}/{name} ({} of {count})", number + 1);
-        match wish(&client, &set, functions, costs, &tell).await {
+        match wish(client, &set, functions, costs, stop, &tell).await {
             Ok(wish) => given.wishes.push(wish),
-            Err(error) if error.downcast_ref::<Interrupted>().is_some() => return Err(error),
-            Err(error) => given.left_out.push(format!("{}: {error:#}", what())),
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            Err(error) => given.left_out.push(LeftOut {
+                extends: set.spec.extends.map(|extends| extends.name),
+                why: shown(&format!("{error:#}")),
+                namespace,
+                name,
+            }),
         }
     }
     Ok(given)
@@ -134,23 +149,25 @@ async fn wish(
     set: &PackageSet,
     functions: usize,
     costs: &mut Costs,
+    stop: &mut Stop,
     tell: &dyn Fn(),
 ) -> Result<Wish> {
     let namespace = set.namespace().unwrap_or_default();
-    let text = text(client, &namespace, &set.spec).await?;
+    let text = stop.unless(text(client, &namespace, &set.spec)).await?;
     let requirements = pinned(&text)?;
     let spec = PackageSetSpec {
         imports: wished_imports(set.annotations(), &set.spec),
         ..set.spec.clone()
     };
-    let key = key(&spec.image, &text, &spec.imports);
+    let key = key(&namespace, &spec.image, &text, &spec.imports);
     let report = match costs.get(&key) {
         Some(report) => report.clone(),
         // Without imports nothing is imported ahead, and without packages nothing that is not the image's.
         None if spec.imports.is_empty() || requirements.is_empty() => Report::default(),
         None => {
             tell();
-            let report = measure(client, &namespace, set, &spec.imports).await?;
+            let asked = json!({"imports": spec.imports, "extras": extras(&requirements)});
+            let report = measure(client, &namespace, set, &asked, stop).await?;
             costs.keep(key, report.clone())?;
             report
         }
@@ -192,25 +209,14 @@ async fn text(client: &Client, namespace: &str, spec: &PackageSetSpec) -> Result
         .with_context(|| format!("ConfigMap {} has no key {}", from.name, from.key))
 }
 
-/// The user wants no more.
-#[derive(Debug)]
-struct Interrupted;
-
-impl std::fmt::Display for Interrupted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("interrupted")
-    }
-}
-
-impl std::error::Error for Interrupted {}
-
 /// By a Function that is there for a moment: its leaf starts interpreters of their own, with what the PackageSet installed,
 /// where its Functions run and with no more rights than they have.
 async fn measure(
     client: &Client,
     namespace: &str,
     set: &PackageSet,
-    imports: &[String],
+    asked: &Value,
+    stop: &mut Stop,
 ) -> Result<Report> {
     let ready = set
         .status
@@ -218,6 +224,10 @@ async fn measure(
         .flat_map(|status| &status.conditions)
         .find(|one| one.type_ == "Ready");
     match ready {
+        // Of what it was before its last change, another lock would be measured.
+        Some(ready) if ready.observed_generation != set.metadata.generation => {
+            bail!("it was changed just now: try again when it is ready")
+        }
         Some(ready) if ready.status == "True" => {}
         Some(ready) => bail!("it is not ready: {}", ready.message),
         None => bail!("it is not ready: nothing has looked at it yet"),
@@ -231,6 +241,7 @@ async fn measure(
     let function = Function {
         metadata: ObjectMeta {
             generate_name: Some("sock-plan-".to_owned()),
+            labels: Some(BTreeMap::from([(MEASURES.to_owned(), "true".to_owned())])),
             ..ObjectMeta::default()
         },
         spec,
@@ -240,14 +251,13 @@ async fn measure(
     let name = made
         .context("a Function that measures cannot be made")?
         .name_any();
-    let answer = tokio::select! {
-        answer = ask(client, &functions, namespace, &name, imports) => answer,
-        _ = tokio::signal::ctrl_c() => Err(Interrupted.into()),
-    };
-    let deleted = functions.delete(&name, &DeleteParams::default()).await;
-    let answer = answer?;
-    deleted.with_context(|| format!("Function {name} is left: delete it"))?;
-    answer.report().map_err(anyhow::Error::msg)
+    let answer = stop
+        .unless(ask(client, &functions, namespace, &name, asked))
+        .await;
+    if let Err(error) = functions.delete(&name, &DeleteParams::default()).await {
+        eprintln!("Function {name} of namespace {namespace} is left, delete it: {error}");
+    }
+    answer?.report().map_err(anyhow::Error::msg)
 }
 
 async fn ask(
@@ -255,7 +265,7 @@ async fn ask(
     functions: &Api<Function>,
     namespace: &str,
     name: &str,
-    imports: &[String],
+    asked: &Value,
 ) -> Result<Answer> {
     let deadline = Instant::now() + READY;
     loop {
@@ -283,13 +293,24 @@ async fn ask(
         .context("a pod of the Function that measures")?
         .name_any();
     let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}:8080/proxy/");
-    let body = serde_json::to_vec(&json!({"imports": imports}))?;
-    let request = http::Request::post(path)
-        .header("Content-Type", "application/json")
-        .body(body)?;
-    let said = client
-        .request_text(request)
+    let request = http::Request::post(path).header("Content-Type", "application/json");
+    let request = request.body(Body::from(serde_json::to_vec(asked)?))?;
+    let response = client
+        .send(request)
         .await
         .context("the Function that measures")?;
-    serde_json::from_str(&said).map_err(|_| anyhow!("the Function that measures says: {said:.400}"))
+    let status = response.status();
+    // It is a tenant's code that answers.
+    let body = Limited::new(response.into_body(), MOST_ANSWER)
+        .collect()
+        .await;
+    let body = body
+        .map_err(|error| anyhow!("the Function that measures: {error}"))?
+        .to_bytes();
+    let said = || String::from_utf8_lossy(&body);
+    if !status.is_success() {
+        bail!("the Function that measures: {status}: {}", said());
+    }
+    serde_json::from_slice(&body)
+        .map_err(|_| anyhow!("the Function that measures says: {}", said()))
 }

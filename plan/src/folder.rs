@@ -2,47 +2,64 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use sock_crds::{Index, PackageSetSpec, Requirements};
+use sock_lock::Requirement;
 use sock_plan::report::{Answer, Report};
 use sock_plan::shelf::Wish;
 
+use tokio::process::Command;
+
 use crate::Plan;
 use crate::costs::Costs;
-use crate::plan::{Given, MEASURE, key, pinned};
+use crate::given::{Given, LeftOut, MEASURE, extras, key, pinned, shown};
+use crate::stop::{Interrupted, Stop};
 
 /// Reads and measures every file.
 ///
 /// # Errors
-/// A file cannot be read or holds a line that is not pinned and hashed; there is no Python.
-pub fn gather(plan: &Plan, costs: &mut Costs) -> Result<Given> {
+/// A file cannot be read or holds a line that is not pinned and hashed; there is no Python; the user wants no more.
+pub async fn gather(plan: &Plan, costs: &mut Costs, stop: &mut Stop) -> Result<Given> {
+    if let Some(url) = plan.index.as_ref().filter(|url| url.contains('@')) {
+        let host = url.rsplit('@').next().unwrap_or_default();
+        bail!("--index: PackageSets hold no user or password, give the address without: ...{host}");
+    }
     let files = files(&plan.paths)?;
+    let python = stop
+        .unless(output(Command::new(&plan.python).arg("-VV")))
+        .await;
+    let python = python.with_context(|| format!("--python: {}", plan.python))?;
     let mut given = Given::default();
     for (count, file) in files.iter().enumerate() {
         let name = name(file)?;
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let requirements = pinned(&text).with_context(|| file.display().to_string())?;
         let lines: Vec<String> = requirements.iter().map(|(_, line)| line.clone()).collect();
-        let key = key(
-            &format!("{} for {}", plan.python, plan.image),
-            &lines.join("\n"),
-            &[],
+        ensure!(
+            given.taken.insert((String::new(), name.clone())),
+            "{}: another file has the name {name} too",
+            file.display()
         );
+        let key = key(python.trim(), &plan.image, &lines.join("\n"), &[]);
         let report = match costs.get(&key) {
             Some(report) => report.clone(),
             None => {
                 eprintln!("measuring {name} ({} of {})", count + 1, files.len());
-                match measure(plan, &lines) {
+                match stop.unless(measure(plan, &requirements)).await {
                     Ok(report) => {
                         costs.keep(key, report.clone())?;
                         report
                     }
+                    Err(error) if error.is::<Interrupted>() => return Err(error),
                     Err(error) => {
-                        given
-                            .left_out
-                            .push(format!("{}: {error:#}", file.display()));
+                        given.left_out.push(LeftOut {
+                            namespace: String::new(),
+                            name: file.display().to_string(),
+                            extends: None,
+                            why: shown(&format!("{error:#}")),
+                        });
                         continue;
                     }
                 }
@@ -60,11 +77,6 @@ pub fn gather(plan: &Plan, costs: &mut Costs) -> Result<Given> {
             }),
             ..spec(&plan.image)?
         };
-        ensure!(
-            given.taken.insert((String::new(), name.clone())),
-            "{}: another file has the name {name} too",
-            file.display()
-        );
         given.wishes.push(Wish {
             namespace: String::new(),
             name,
@@ -129,11 +141,12 @@ fn name(file: &Path) -> Result<String> {
     Ok(name.to_owned())
 }
 
-/// Installs what the lines say, as a pool would, and measures it.
-fn measure(plan: &Plan, lines: &[String]) -> Result<Report> {
+/// Installs what the lines say, as a pool would, and measures it. Dropped, it leaves no process and no file.
+async fn measure(plan: &Plan, requirements: &[(Requirement, String)]) -> Result<Report> {
     let folder = tempfile::tempdir()?;
     let site = folder.path().join("site-packages");
     let file = folder.path().join("requirements.txt");
+    let lines: Vec<&str> = requirements.iter().map(|(_, line)| &**line).collect();
     std::fs::create_dir(&site)?;
     std::fs::write(&file, lines.join("\n") + "\n")?;
     let mut install = Command::new(&plan.python);
@@ -156,29 +169,27 @@ fn measure(plan: &Plan, lines: &[String]) -> Result<Report> {
     if let Some(index) = &plan.index {
         install.args(["--index-url", index]);
     }
-    let started =
-        |error: std::io::Error| format!("{}: {error}: name a Python with --python", plan.python);
-    let done = install.stdin(Stdio::null()).output();
-    let done = done.map_err(|error| anyhow::anyhow!(started(error)))?;
-    let said = String::from_utf8_lossy(&done.stderr);
-    ensure!(
-        done.status.success(),
-        "{} -m pip install: {}",
-        plan.python,
-        reason(&said)
-    );
+    output(&mut install).await.context("pip install")?;
     let script = folder.path().join("measure.py");
     std::fs::write(&script, MEASURE)?;
-    let done = Command::new(&plan.python)
-        .arg(&script)
-        .arg(&site)
-        .stdin(Stdio::null())
-        .output()?;
-    let said = String::from_utf8_lossy(&done.stderr);
-    ensure!(done.status.success(), "{}: {}", plan.python, reason(&said));
-    let answer: Answer =
-        serde_json::from_slice(&done.stdout).context("what the measurement says")?;
+    let asked = serde_json::json!({"imports": [], "extras": extras(requirements)});
+    let mut measure = Command::new(&plan.python);
+    measure.arg(&script).arg(&site).arg(asked.to_string());
+    let said = output(&mut measure).await?;
+    let answer: Answer = serde_json::from_str(&said).context("what the measurement says")?;
     answer.report().map_err(anyhow::Error::msg)
+}
+
+/// What a program prints.
+async fn output(command: &mut Command) -> Result<String> {
+    let done = command
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "{}", reason(&said));
+    Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
 /// pip says what is wrong in its last line that begins with ERROR, other programs in their last.

@@ -5,7 +5,9 @@
 mod cluster;
 mod costs;
 mod folder;
+mod given;
 mod plan;
+mod stop;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -40,7 +40,7 @@ pub fn tree(
             let proposal = &proposals[place];
             let mut names: Vec<&str> = Vec::new();
             let mut own: Vec<usize> = node.own.ones().collect();
-            own.sort_by(|a, b| shelf.packages[*b].kib.total_cmp(&shelf.packages[*a].kib));
+            own.sort_by(|a, b| most(shelf, *b).total_cmp(&most(shelf, *a)));
             names.extend(
                 own.iter()
                     .take(NAMED)
@@ -75,13 +75,21 @@ pub fn tree(
             rows.push([
                 format!("{mark}{prefix}{}", proposal.name),
                 packages,
-                mib(tree.kib_of(place, shelf, overhead)),
-                format!("{:.0} ms", shelf.millis(&node.own)),
+                mib(tree.kib_of(place, overhead)),
+                format!("{:.0} ms", node.millis),
                 functions,
             ]);
         });
     }
     columns(&rows)
+}
+
+fn most(shelf: &Shelf, package: usize) -> f64 {
+    shelf
+        .sets
+        .iter()
+        .map(|set| set.kib[package])
+        .fold(0.0, f64::max)
 }
 
 fn branch(tree: &Tree, place: usize, prefix: &str, below: &str, draw: &mut dyn FnMut(usize, &str)) {
@@ -118,7 +126,7 @@ pub fn comparison(trees: &[(&str, &Tree)], shelf: &Shelf, overhead: Overhead) ->
         [
             (*name).to_owned(),
             tree.nodes.len().to_string(),
-            mib(tree.kib(shelf, overhead)),
+            mib(tree.kib(overhead)),
             format!("{spared:.0} of {all:.0} ms"),
         ]
     });

@@ -2,60 +2,67 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use fixedbitset::FixedBitSet;
 use sock_crds::{PackageSet, PackageSetSpec};
-use sock_lock::{logical_lines, requirements, sha256};
-use sock_plan::proposal::{Change, Planned, Proposal, proposals};
-use sock_plan::shelf::{Shelf, Wish};
+use sock_plan::proposal::{Change, GIVEN_UP, Proposal, proposals};
+use sock_plan::shelf::{Shelf, Wish, group_of};
 use sock_plan::tree::{Overhead, Tree, least_memory};
 use sock_plan::{budget, picture};
 
 use crate::costs::Costs;
+use crate::given::{Given, pinned};
+use crate::stop::Stop;
 use crate::{Output, Plan, cluster, folder};
-
-/// Measures what a directory of packages costs to import.
-pub const MEASURE: &str = include_str!("measure.py");
-
-/// What there is to plan for.
-#[derive(Debug, Default)]
-pub struct Given {
-    /// PackageSets with what was measured of them.
-    pub wishes: Vec<Wish>,
-    /// Those that an earlier plan made.
-    pub planned: Vec<Planned>,
-    /// Namespaces and names that are taken.
-    pub taken: BTreeSet<(String, String)>,
-    /// Whether they are on a cluster, so that there is a state to compare with.
-    pub running: bool,
-    /// What could not be measured, and why.
-    pub left_out: Vec<String>,
-}
 
 /// Plans and prints.
 ///
 /// # Errors
 /// Nothing can be read or measured, or nothing fits.
 pub fn run(plan: &Plan) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let done = runtime.block_on(text(plan));
+    // The search may go on in its thread: nobody waits for it.
+    runtime.shutdown_background();
+    print!("{}", done?);
+    Ok(())
+}
+
+async fn text(plan: &Plan) -> Result<String> {
+    let mut stop = Stop::listen()?;
     let mut costs = Costs::open(plan.costs.as_deref())?;
-    let given = if plan.paths.is_empty() {
-        cluster::gather(plan, &mut costs)?
+    let mut given = if plan.paths.is_empty() {
+        cluster::gather(plan, &mut costs, &mut stop).await?
     } else {
-        folder::gather(plan, &mut costs)?
+        folder::gather(plan, &mut costs, &mut stop).await?
     };
-    for problem in &given.left_out {
-        eprintln!("left out: {problem}");
+    given.leave_out_descendants();
+    for one in &given.left_out {
+        let place = if given.running {
+            format!("{}/", one.namespace)
+        } else {
+            String::new()
+        };
+        eprintln!("left out: {place}{}: {}", one.name, one.why);
     }
     if given.wishes.is_empty() {
         bail!("there is nothing to plan for: no PackageSet could be measured");
     }
+    let (output, memory) = (plan.output, plan.memory);
+    let text = tokio::task::spawn_blocking(move || propose(&given, output, memory));
+    stop.unless(async { text.await? }).await
+}
+
+fn propose(given: &Given, output: Output, memory: Option<f64>) -> Result<String> {
     let overhead = Overhead::default();
     let shelf = Shelf::new(&given.wishes);
     let mut tree = least_memory(&shelf, overhead);
-    if let Some(kib) = plan.memory {
+    if let Some(kib) = memory {
         tree = budget::fit(tree, &shelf, overhead, kib).map_err(|least| {
             anyhow::anyhow!(
-                "--memory: {} are not enough: {} zygotes take {} even if they import nothing",
+                "--memory: {} are not enough: the zygotes of {} PackageSets take {} even if they import nothing",
                 picture::mib(kib),
                 given.wishes.len(),
                 picture::mib(least.least_kib)
@@ -63,21 +70,19 @@ pub fn run(plan: &Plan) -> Result<()> {
         })?;
     }
     let made = proposals(&tree, &shelf, &given.wishes, &given.planned, &given.taken);
-    match plan.output {
-        Output::Tree => print!("{}", shown(&given, &shelf, &tree, &made, overhead)),
-        Output::Yaml => print!("{}", yaml(&made, &unused(&given, &made))?),
+    match output {
+        Output::Tree => Ok(drawn(given, &shelf, &tree, &made, overhead)),
+        Output::Yaml => yaml(given, &made),
     }
-    Ok(())
 }
 
-/// Those of an earlier plan that this one does without.
-fn unused(given: &Given, made: &[Proposal]) -> Vec<String> {
-    let kept = |one: &&Planned| {
-        !made
-            .iter()
-            .any(|made| made.namespace == one.namespace && made.name == one.name)
-    };
-    let unused = given.planned.iter().filter(kept);
+/// How to delete what an earlier plan made and nobody needs any more.
+fn deletions(given: &Given, made: &[Proposal]) -> Vec<String> {
+    let made = made
+        .iter()
+        .map(|one| (&*one.namespace, &*one.name))
+        .collect();
+    let unused = given.unused(&made).into_iter();
     unused
         .map(|one| {
             format!(
@@ -88,7 +93,7 @@ fn unused(given: &Given, made: &[Proposal]) -> Vec<String> {
         .collect()
 }
 
-fn shown(
+fn drawn(
     given: &Given,
     shelf: &Shelf,
     tree: &Tree,
@@ -105,16 +110,16 @@ fn shown(
     }
     trees.push(("as planned", tree));
     text += &picture::comparison(&trees, shelf, overhead);
-    let changed = made.iter().any(|one| one.change != Change::Same);
-    let unused = unused(given, made);
-    text += match (given.running, changed || !unused.is_empty()) {
+    let deletions = deletions(given, made);
+    let changed = made.iter().any(|one| one.change != Change::Same) || !deletions.is_empty();
+    text += match (given.running, changed) {
         (true, false) => "\nNothing is to be changed.\n",
         (true, true) => {
             "\n+ is new, ~ is changed: apply it with --output yaml | kubectl apply -f -\n"
         }
         (false, _) => "\nApply it with --output yaml | kubectl apply -f -\n",
     };
-    for command in unused {
+    for command in deletions {
         text += &format!("Not used any more: {command}\n");
     }
     text
@@ -122,95 +127,99 @@ fn shown(
 
 /// The tree that the cluster has.
 fn there(given: &Given, shelf: &Shelf) -> Tree {
-    let of_wishes = given
-        .wishes
-        .iter()
-        .map(|wish| (&wish.namespace, &wish.name, &wish.spec));
-    let of_planned = given
-        .planned
-        .iter()
-        .map(|one| (&one.namespace, &one.name, &one.spec));
+    let now = |wish: &'_ Wish| wish.now.as_ref().unwrap_or(&wish.spec).clone();
+    let wishes = given.wishes.iter();
+    let of_wishes = wishes.map(|wish| (&wish.namespace, &wish.name, now(wish)));
+    let planned = given.planned.iter();
+    let of_planned = planned.map(|one| (&one.namespace, &one.name, one.spec.clone()));
     let all: Vec<_> = of_wishes.chain(of_planned).collect();
     let nodes: Vec<_> = all
         .iter()
         .enumerate()
         .map(|(place, (namespace, _, spec))| {
             let above = spec.extends.as_ref().and_then(|extends| {
-                all.iter()
-                    .position(|(other, name, _)| other == namespace && **name == extends.name)
+                let mut all = all.iter();
+                all.position(|(other, name, _)| other == namespace && **name == extends.name)
             });
             let set = (place < shelf.sets.len()).then_some(place);
-            (set, imported(given, shelf, namespace, spec), above)
+            (set, imported(given, shelf, set, namespace, spec), above)
         })
         .collect();
     Tree::of(shelf, &nodes)
 }
 
-/// What a PackageSet imports as it is, as far as sets that share its packages are measured.
-fn imported(given: &Given, shelf: &Shelf, namespace: &str, spec: &PackageSetSpec) -> FixedBitSet {
+/// What a PackageSet imports as it is: of one that an earlier plan made, as far as those that share its packages are measured.
+fn imported(
+    given: &Given,
+    shelf: &Shelf,
+    set: Option<usize>,
+    namespace: &str,
+    spec: &PackageSetSpec,
+) -> FixedBitSet {
     let mut all = shelf.none();
-    let related = |wish: &&Wish| wish.namespace == namespace && wish.spec.image == spec.image;
-    for (wish, set) in given
-        .wishes
-        .iter()
-        .zip(&shelf.sets)
-        .filter(|(wish, _)| related(wish))
-    {
+    let group = group_of(namespace, spec);
+    let related = given.wishes.iter().zip(&shelf.sets).enumerate();
+    let related = related.filter(|(place, (wish, _))| match set {
+        Some(set) => *place == set,
+        None => wish.group() == group,
+    });
+    for (_, (wish, set)) in related {
         let loaded = spec
             .imports
             .iter()
             .flat_map(|module| wish.report.loaded_by(module));
         let names: BTreeSet<&str> = loaded.collect();
-        all.extend(set.wanted.ones().filter(|number| {
-            let package = &shelf.packages[*number];
-            let lines = spec
-                .requirements
-                .as_ref()
-                .and_then(|all| all.lines.as_ref());
-            names.contains(&*package.name)
-                && lines.is_some_and(|lines| lines.contains(&package.line))
-        }));
+        let wanted = set.wanted.ones();
+        all.extend(wanted.filter(|number| names.contains(&*shelf.packages[*number].name)));
+    }
+    // Of what others have under the same names it has its own versions.
+    let lines = spec
+        .requirements
+        .as_ref()
+        .and_then(|all| all.lines.as_ref());
+    if let (None, Some(lines)) = (set, lines)
+        && let Ok(pinned) = pinned(&lines.join("\n"))
+    {
+        let own: BTreeSet<String> = pinned.into_iter().map(|(_, line)| line).collect();
+        let foreign = |number: &usize| !own.contains(&shelf.packages[*number].line);
+        let foreign: Vec<usize> = all.ones().filter(foreign).collect();
+        foreign
+            .into_iter()
+            .for_each(|number| all.set(number, false));
     }
     all
 }
 
-fn yaml(made: &[Proposal], unused: &[String]) -> Result<String> {
+fn yaml(given: &Given, made: &[Proposal]) -> Result<String> {
     let mut text = String::new();
     for one in made.iter().filter(|one| one.change != Change::Same) {
         let mut set = PackageSet::new(&one.name, one.spec.clone());
+        let some =
+            |of: &std::collections::BTreeMap<String, String>| (!of.is_empty()).then(|| of.clone());
         set.metadata.namespace = (!one.namespace.is_empty()).then(|| one.namespace.clone());
-        set.metadata.labels = (!one.labels.is_empty()).then(|| one.labels.clone());
-        set.metadata.annotations = (!one.annotations.is_empty()).then(|| one.annotations.clone());
+        set.metadata.labels = some(&one.labels);
+        set.metadata.annotations = some(&one.annotations);
+        let mut set = serde_json::to_value(&set)?;
+        if one.change == Change::Changed {
+            // What `kubectl apply` has not made itself, it removes only where it is told to (its three-way merge).
+            set["spec"]["imports"] = one.spec.imports.clone().into();
+            if one.spec.extends.is_none() {
+                set["spec"]["extends"] = serde_json::Value::Null;
+            }
+            let mut wishes = given.wishes.iter();
+            let before =
+                wishes.find(|wish| wish.namespace == one.namespace && wish.name == one.name);
+            if before.is_some_and(|wish| wish.annotations.contains_key(GIVEN_UP))
+                && !one.annotations.contains_key(GIVEN_UP)
+            {
+                set["metadata"]["annotations"][GIVEN_UP] = serde_json::Value::Null;
+            }
+        }
         text += "---\n";
         text += &serde_yaml_ng::to_string(&set)?;
     }
-    for command in unused {
+    for command in deletions(given, made) {
         text += &format!("# not used any more: {command}\n");
     }
     Ok(text)
-}
-
-/// The requirements of a text, each with its line.
-///
-/// # Errors
-/// The first line that is not pinned and hashed.
-pub fn pinned(text: &str) -> Result<Vec<(sock_lock::Requirement, String)>> {
-    let found = requirements(text).map_err(|error| anyhow::anyhow!("{error}"))?;
-    let lines = logical_lines(text);
-    found
-        .into_iter()
-        .map(|requirement| {
-            let line = lines.iter().find(|(number, _)| *number == requirement.line);
-            let (_, line) = line.context("a line of the requirements")?;
-            let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
-            Ok((requirement, line))
-        })
-        .collect()
-}
-
-/// Name of a measurement: another program, image, lock or list of imports may give other figures.
-pub fn key(image: &str, requirements: &str, imports: &[String]) -> String {
-    let mut texts = vec![MEASURE, image, requirements];
-    texts.extend(imports.iter().map(String::as_str));
-    sha256(&texts)
 }

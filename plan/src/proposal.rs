@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use sock_crds::{Extends, PackageSetSpec, Requirements};
 
-use crate::report::Package;
-use crate::shelf::{Shelf, Wish};
+use crate::shelf::{Shelf, Wish, group_of};
 use crate::tree::Tree;
 
 /// Label of PackageSets that are there for their descendants only: a later plan may change or remove them.
@@ -90,6 +89,7 @@ pub fn proposals(
     taken: &BTreeSet<(String, String)>,
 ) -> Vec<Proposal> {
     let mut taken = taken.clone();
+    let mut earlier: Vec<&Planned> = planned.iter().collect();
     let mut made: Vec<Proposal> = Vec::new();
     for (place, node) in tree.nodes.iter().enumerate() {
         let extends = node.parent.map(|above| Extends {
@@ -102,39 +102,24 @@ pub fn proposals(
                 extends,
             ),
             None => {
-                let below = tree.below(place);
-                let mut sets = below.iter().filter_map(|below| tree.nodes[*below].set);
-                // It was made of what sets have in common.
-                let Some(like) = sets.next().map(|set| &wishes[set]) else {
-                    continue;
+                let spec = shared_spec(tree, shelf, wishes, place, extends);
+                let namespace = sets_below(tree, wishes, place).next();
+                let namespace = namespace.map_or("", |wish| &wish.namespace);
+                let same = take_earlier(&mut earlier, namespace, &spec);
+                let (name, change) = match same {
+                    Some(one) if one.spec == spec => (one.name.clone(), Change::Same),
+                    Some(one) => (one.name.clone(), Change::Changed),
+                    None => (new_name(namespace, tree, shelf, place, &taken), Change::New),
                 };
-                let lines = node
-                    .lock
-                    .ones()
-                    .map(|number| shelf.packages[number].line.clone());
-                let spec = PackageSetSpec {
-                    requirements: Some(Requirements {
-                        lines: Some(lines.collect()),
-                        config_map_key_ref: None,
-                    }),
-                    extends,
-                    imports: imports_of(tree, shelf, wishes, place),
-                    warm_up: None,
-                    resources: None,
-                    // No Function runs on it.
-                    spares: 0,
-                    accepted_threads: accepted_threads(tree, wishes, place),
-                    ..like.spec.clone()
-                };
-                shared(
+                taken.insert((namespace.to_owned(), name.clone()));
+                Proposal {
+                    namespace: namespace.to_owned(),
+                    name,
+                    labels: BTreeMap::from([(PLANNED.to_owned(), "true".to_owned())]),
+                    annotations: BTreeMap::new(),
                     spec,
-                    &like.namespace,
-                    tree,
-                    shelf,
-                    place,
-                    planned,
-                    &mut taken,
-                )
+                    change,
+                }
             }
         };
         made.push(proposal);
@@ -173,40 +158,89 @@ fn of_set(wish: &Wish, imports: Vec<String>, extends: Option<Extends>) -> Propos
     }
 }
 
-fn shared(
-    spec: PackageSetSpec,
-    namespace: &str,
+/// The PackageSet of a zygote that is there for others: what they have in common, and the most that any of them asks for.
+fn shared_spec(
     tree: &Tree,
     shelf: &Shelf,
+    wishes: &[Wish],
     place: usize,
-    planned: &[Planned],
-    taken: &mut BTreeSet<(String, String)>,
-) -> Proposal {
-    let same_packages = |one: &&Planned| {
-        one.namespace == namespace
-            && one.spec.image == spec.image
-            && sorted(&one.spec) == sorted(&spec)
+    extends: Option<Extends>,
+) -> PackageSetSpec {
+    let node = &tree.nodes[place];
+    let lines = node
+        .lock
+        .ones()
+        .map(|number| shelf.packages[number].line.clone());
+    let requirements = Requirements {
+        lines: Some(lines.collect()),
+        config_map_key_ref: None,
     };
-    let earlier = planned.iter().find(same_packages);
-    let (name, change) = match earlier {
-        Some(earlier) if earlier.spec == spec => (earlier.name.clone(), Change::Same),
-        Some(earlier) => (earlier.name.clone(), Change::Changed),
-        None => (new_name(namespace, tree, shelf, place, taken), Change::New),
-    };
-    taken.insert((namespace.to_owned(), name.clone()));
-    Proposal {
-        namespace: namespace.to_owned(),
-        name,
-        labels: BTreeMap::from([(PLANNED.to_owned(), "true".to_owned())]),
-        annotations: BTreeMap::new(),
-        spec,
-        change,
+    let threads: BTreeSet<&String> = sets_below(tree, wishes, place)
+        .flat_map(|wish| &wish.spec.accepted_threads)
+        .collect();
+    let below = tree.below(place);
+    let dearest = below
+        .iter()
+        .filter_map(|below| tree.nodes[*below].set)
+        .max_by(|a, b| cost(shelf, *a).total_cmp(&cost(shelf, *b)).then(b.cmp(a)));
+    let like = dearest.map(|set| &wishes[set].spec);
+    PackageSetSpec {
+        image: like.map(|like| like.image.clone()).unwrap_or_default(),
+        extends,
+        requirements: Some(requirements),
+        index: like.and_then(|like| like.index.clone()),
+        imports: imports_of(tree, shelf, wishes, place),
+        warm_up: None,
+        node_selector: like
+            .map(|like| like.node_selector.clone())
+            .unwrap_or_default(),
+        tolerations: like
+            .map(|like| like.tolerations.clone())
+            .unwrap_or_default(),
+        // Enough for the one that takes most is enough for a part of it.
+        resources: like.and_then(|like| like.resources.clone()),
+        // No Function runs on it.
+        spares: 0,
+        accepted_threads: threads.into_iter().cloned().collect(),
     }
 }
 
-fn sorted(spec: &PackageSetSpec) -> Option<BTreeSet<&String>> {
-    let lines = spec.requirements.as_ref()?.lines.as_ref()?;
-    Some(lines.iter().collect())
+fn cost(shelf: &Shelf, set: usize) -> f64 {
+    shelf.sets[set].kib.iter().sum()
+}
+
+fn sets_below<'a>(tree: &Tree, wishes: &'a [Wish], place: usize) -> impl Iterator<Item = &'a Wish> {
+    let below = tree.below(place).into_iter();
+    let sets: Vec<usize> = below.filter_map(|below| tree.nodes[below].set).collect();
+    sets.into_iter().map(|set| &wishes[set])
+}
+
+/// The PackageSet of an earlier plan that has the same packages for the same nodes, that which imports the same if there is one. Each
+/// is taken once.
+fn take_earlier<'a>(
+    earlier: &mut Vec<&'a Planned>,
+    namespace: &str,
+    spec: &PackageSetSpec,
+) -> Option<&'a Planned> {
+    let lines = |spec: &PackageSetSpec| -> Option<BTreeSet<String>> {
+        Some(
+            spec.requirements
+                .as_ref()?
+                .lines
+                .clone()?
+                .into_iter()
+                .collect(),
+        )
+    };
+    let same = |one: &Planned| {
+        one.namespace == namespace
+            && group_of(namespace, &one.spec) == group_of(namespace, spec)
+            && lines(&one.spec) == lines(spec)
+    };
+    let imports = |one: &Planned| one.spec.imports == spec.imports;
+    let place = earlier.iter().position(|one| same(one) && imports(one));
+    let place = place.or_else(|| earlier.iter().position(|one| same(one)))?;
+    Some(earlier.remove(place))
 }
 
 /// Of the packages that take most of what it imports itself.
@@ -218,17 +252,23 @@ fn new_name(
     taken: &BTreeSet<(String, String)>,
 ) -> String {
     const LONGEST: usize = 46;
-    let mut dearest: Vec<_> = tree.nodes[place]
-        .own
-        .ones()
-        .map(|number| &shelf.packages[number])
+    let most = |number: usize| {
+        shelf
+            .sets
+            .iter()
+            .map(|set| set.kib[number])
+            .fold(0.0, f64::max)
+    };
+    let own = tree.nodes[place].own.ones();
+    let mut dearest: Vec<(f64, &str)> = own
+        .map(|number| (most(number), &*shelf.packages[number].name))
         .collect();
-    dearest.sort_by(|a, b| b.kib.total_cmp(&a.kib).then_with(|| a.name.cmp(&b.name)));
+    dearest.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
+    let notable = dearest.first().map_or(0.0, |first| first.0 / 10.0);
     let mut stem = String::from("shared");
-    let notable = dearest.first().map_or(0.0, |first| first.kib / 10.0);
-    for package in dearest.iter().take(3).filter(|one| one.kib >= notable) {
-        if stem.len() + 1 + package.name.len() <= LONGEST {
-            stem = format!("{stem}-{}", package.name);
+    for (_, name) in dearest.iter().take(3).filter(|(kib, _)| *kib >= notable) {
+        if stem.len() + 1 + name.len() <= LONGEST {
+            stem = format!("{stem}-{name}");
         }
     }
     (1_usize..)
@@ -241,67 +281,63 @@ fn new_name(
 }
 
 /// What a zygote imports by name: of a set what it asks for, of one that is there for others what any of them asks for, as far as that
-/// loads no more than the zygote is to have; and the modules of packages that none of these loads.
+/// loads no more than the zygote is to have; and of packages that none of these loads, what they are asked for by the one below
+/// that asks for most.
 fn imports_of(tree: &Tree, shelf: &Shelf, wishes: &[Wish], place: usize) -> Vec<String> {
     let node = &tree.nodes[place];
     let name = |number: usize| &*shelf.packages[number].name;
     let warm: BTreeSet<&str> = node.warm.ones().map(name).collect();
-    let own: BTreeSet<&str> = node.own.ones().map(name).collect();
     let within = |loads: &[String]| loads.iter().all(|name| warm.contains(&**name));
-    let below = match node.set {
-        Some(_) => vec![place],
-        None => tree.below(place),
-    };
-    let sets = below.iter().filter_map(|below| tree.nodes[*below].set);
-    let sets: Vec<&Wish> = sets.map(|set| &wishes[set]).collect();
-    let mut modules: Vec<String> = Vec::new();
-    let mut covered: BTreeSet<&str> = BTreeSet::new();
-    for wish in &sets {
-        for module in &wish.spec.imports {
-            let loads = wish
-                .report
-                .imports
-                .get(module)
-                .map_or(&[][..], Vec::as_slice);
-            // Who is there for others imports nothing that their packages do not need.
-            let concerns = node.set.is_some() || loads.iter().any(|name| own.contains(&**name));
-            if concerns && within(loads) {
-                covered.extend(loads.iter().map(String::as_str));
-                if !modules.contains(module) {
-                    modules.push(module.clone());
-                }
-            }
-        }
+    if let Some(set) = node.set {
+        let wish = &wishes[set];
+        let loads = |module: &String| wish.report.imports.get(module);
+        let kept = wish.spec.imports.iter();
+        return kept
+            .filter(|module| loads(module).is_none_or(|loads| within(loads)))
+            .cloned()
+            .collect();
     }
-    // The one that loads most of the others comes first, and what it loads needs no name.
-    let mut left: Vec<(&str, &Package)> = sets
+    let below = tree.below(place);
+    let mut sets: Vec<usize> = below
         .iter()
-        .flat_map(|wish| &wish.report.packages)
-        .filter(|(name, _)| own.contains(&***name))
-        .map(|(name, package)| (&**name, package))
+        .filter_map(|below| tree.nodes[*below].set)
         .collect();
-    left.sort_by_key(|(name, package)| (std::cmp::Reverse(package.loads.len()), *name));
-    for (name, package) in left {
-        if covered.contains(name) || !within(&package.loads) {
+    let mut modules: BTreeSet<&String> = BTreeSet::new();
+    let whole = |wish: &'_ Wish, module: &String, loads: &[String]| {
+        // What loads none of its packages is no concern of theirs.
+        !loads.is_empty() && within(loads) && wish.spec.imports.contains(module)
+    };
+    for wish in sets.iter().map(|set| &wishes[*set]) {
+        let imports = wish.report.imports.iter();
+        modules.extend(
+            imports
+                .filter(|(module, loads)| whole(wish, module, loads))
+                .map(|(module, _)| module),
+        );
+    }
+    for number in node.own.ones() {
+        sets.sort_by(|a, b| shelf.sets[*b].kib[number].total_cmp(&shelf.sets[*a].kib[number]));
+        let Some(wish) = sets.first().map(|set| &wishes[*set]) else {
             continue;
-        }
-        covered.insert(name);
-        covered.extend(package.loads.iter().map(String::as_str));
-        for module in &package.modules {
-            if !modules.contains(module) {
-                modules.push(module.clone());
-            }
+        };
+        let of_package = |loads: &[String]| loads.iter().any(|one| one == name(number));
+        let mut imports = wish.report.imports.iter();
+        if !imports.any(|(module, loads)| whole(wish, module, loads) && of_package(loads)) {
+            let package = wish.report.packages.get(name(number));
+            modules.extend(package.into_iter().flat_map(|package| &package.modules));
         }
     }
-    modules
+    // The API server takes no other names, and no more.
+    let modules = modules.into_iter().filter(|module| is_module(module));
+    modules.take(MOST_IMPORTS).cloned().collect()
 }
 
-/// Threads that the sets below accept, who import the same and more.
-fn accepted_threads(tree: &Tree, wishes: &[Wish], place: usize) -> Vec<String> {
-    let below = tree.below(place);
-    let sets = below.iter().filter_map(|below| tree.nodes[*below].set);
-    let all: BTreeSet<&String> = sets
-        .flat_map(|set| &wishes[set].spec.accepted_threads)
-        .collect();
-    all.into_iter().cloned().collect()
+const MOST_IMPORTS: usize = 256;
+
+fn is_module(name: &str) -> bool {
+    let part = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    name.len() <= 256 && name.split('.').all(part)
 }

@@ -1,6 +1,6 @@
 //! All packages of all PackageSets as numbers: what is the same in several of them has one number.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use fixedbitset::FixedBitSet;
 use sock_crds::PackageSetSpec;
@@ -31,17 +31,13 @@ pub struct Wish {
     pub report: Report,
 }
 
-/// A package in one version, for one image of one namespace.
+/// A package in one version, for one group of sets.
 #[derive(Clone, Debug)]
 pub struct Package {
     /// In its normal form.
     pub name: String,
     /// The whole requirement, hashes and all.
     pub line: String,
-    /// Least time that importing it took, in milliseconds.
-    pub millis: f64,
-    /// Least memory that it took, in KiB.
-    pub kib: f64,
 }
 
 /// What a PackageSet asks for, in numbers of packages.
@@ -53,16 +49,20 @@ pub struct Set {
     pub lock: FixedBitSet,
     /// What its imports load.
     pub wanted: FixedBitSet,
-    /// Of those: what importing each loads.
+    /// What each of its imports loads.
+    pub imports: Vec<FixedBitSet>,
+    /// Of what is wanted: what importing each loads.
     pub loads: HashMap<usize, FixedBitSet>,
     /// What must be installed beside each package.
-    pub requires: HashMap<usize, FixedBitSet>,
+    pub beside: HashMap<usize, FixedBitSet>,
+    /// Time that importing each package takes as this set imports it, in milliseconds, by number.
+    pub millis: Vec<f64>,
+    /// The same for memory, in KiB.
+    pub kib: Vec<f64>,
+    /// Code that its zygote runs after its imports.
+    pub warm_up: Option<String>,
     /// Starts that it counts for, beside those of others.
     pub weight: f64,
-    /// Time beyond the least of its packages, in milliseconds: it imports more modules of them than others do.
-    pub more_millis: f64,
-    /// The same for memory, in KiB.
-    pub more_kib: f64,
 }
 
 /// Packages and sets.
@@ -81,13 +81,11 @@ impl Shelf {
         let mut groups: HashMap<String, usize> = HashMap::new();
         let mut numbers: HashMap<(usize, String), usize> = HashMap::new();
         let mut packages: Vec<Package> = Vec::new();
-        let mut named: Vec<HashMap<&str, usize>> = Vec::new();
-        let mut group_of = Vec::new();
+        let mut named: Vec<Named> = Vec::new();
         for wish in wishes {
             let next = groups.len();
-            let group = *groups.entry(group(wish)).or_insert(next);
-            group_of.push(group);
-            let mut names = HashMap::new();
+            let group = *groups.entry(wish.group()).or_insert(next);
+            let mut lines: Named = (group, HashMap::new());
             for (requirement, line) in &wish.requirements {
                 let marker = requirement.marker.as_deref().unwrap_or_default();
                 let what = format!("{}=={};{marker}", requirement.name, requirement.version);
@@ -95,34 +93,18 @@ impl Shelf {
                     packages.push(Package {
                         name: requirement.name.clone(),
                         line: line.clone(),
-                        millis: f64::INFINITY,
-                        kib: f64::INFINITY,
                     });
                     packages.len() - 1
                 });
-                // Of several lines for different machines only one is installed, which the report cannot tell apart.
-                names.entry(requirement.name.as_str()).or_insert(number);
-                if let Some(found) = wish.report.packages.get(&requirement.name)
-                    && wish.loaded().any(|name| name == requirement.name)
-                {
-                    let package = &mut packages[number];
-                    package.millis = package.millis.min(millis(found.micros));
-                    package.kib = package.kib.min(kib(found.kib));
-                }
+                let of_name = lines.1.entry(requirement.name.as_str()).or_default();
+                of_name.push((number, requirement.version.as_str()));
             }
-            named.push(names);
+            named.push(lines);
         }
-        for package in &mut packages {
-            // Loaded by nobody: free.
-            if package.kib.is_infinite() {
-                (package.millis, package.kib) = (0.0, 0.0);
-            }
-        }
-        let sets = wishes
-            .iter()
-            .zip(&named)
-            .zip(group_of)
-            .map(|((wish, names), group)| set(wish, group, names, &packages))
+        let unused = wishes.iter().all(|wish| wish.functions == 0);
+        let sets = wishes.iter().zip(&named);
+        let sets = sets
+            .map(|(wish, named)| set(wish, named, &packages, unused))
             .collect();
         Shelf { packages, sets }
     }
@@ -133,30 +115,35 @@ impl Shelf {
         FixedBitSet::with_capacity(self.packages.len())
     }
 
-    /// Memory that importing them takes, in KiB.
+    /// Numbers of the groups that there are.
     #[must_use]
-    pub fn kib(&self, packages: &FixedBitSet) -> f64 {
-        packages
-            .ones()
-            .map(|number| self.packages[number].kib)
-            .sum()
-    }
-
-    /// Time that importing them takes, in milliseconds.
-    #[must_use]
-    pub fn millis(&self, packages: &FixedBitSet) -> f64 {
-        packages
-            .ones()
-            .map(|number| self.packages[number].millis)
-            .sum()
+    pub fn groups(&self) -> BTreeSet<usize> {
+        self.sets.iter().map(|set| set.group).collect()
     }
 }
 
+/// A group, and in it by name the numbers of packages with their versions: several, if a requirement has lines for several machines.
+type Named<'a> = (usize, HashMap<&'a str, Vec<(usize, &'a str)>>);
+
 impl Wish {
-    /// Names of the packages that its imports load.
-    fn loaded(&self) -> impl Iterator<Item = &str> {
-        self.report.imports.values().flatten().map(String::as_str)
+    /// What sets must have in common to have anything in common.
+    #[must_use]
+    pub fn group(&self) -> String {
+        group_of(&self.namespace, &self.spec)
     }
+}
+
+/// See [`Wish::group`].
+#[must_use]
+pub fn group_of(namespace: &str, spec: &PackageSetSpec) -> String {
+    let parts = serde_json::json!([
+        namespace,
+        spec.image,
+        spec.index,
+        spec.node_selector,
+        spec.tolerations
+    ]);
+    parts.to_string()
 }
 
 impl Set {
@@ -202,7 +189,7 @@ impl Set {
         let mut left: Vec<usize> = all.ones().collect();
         while let Some(number) = left.pop() {
             for required in self
-                .requires
+                .beside
                 .get(&number)
                 .into_iter()
                 .flat_map(FixedBitSet::ones)
@@ -216,65 +203,69 @@ impl Set {
     }
 }
 
-fn group(wish: &Wish) -> String {
-    let spec = &wish.spec;
-    serde_json::json!([
-        wish.namespace,
-        spec.image,
-        spec.index,
-        spec.node_selector,
-        spec.tolerations
-    ])
-    .to_string()
-}
-
-fn set(wish: &Wish, group: usize, names: &HashMap<&str, usize>, packages: &[Package]) -> Set {
-    let bits = |of: &mut dyn Iterator<Item = &str>| {
-        let mut bits = FixedBitSet::with_capacity(packages.len());
-        bits.extend(of.filter_map(|name| names.get(name).copied()));
+fn set(wish: &Wish, (group, named): &Named, packages: &[Package], unused: bool) -> Set {
+    let none = || FixedBitSet::with_capacity(packages.len());
+    // Of several lines that which is installed, as the report says.
+    let number = |name: &str| {
+        let lines = named.get(name)?;
+        let version = wish.report.packages.get(name).map(|found| &*found.version);
+        let installed = lines.iter().find(|(_, of)| Some(*of) == version);
+        installed.or(lines.first()).map(|(number, _)| *number)
+    };
+    let numbers = |names: &[String]| {
+        let mut bits = none();
+        bits.extend(names.iter().filter_map(|name| number(name)));
         bits
     };
-    let wanted = bits(&mut wish.loaded());
-    let of = |names: &[String]| bits(&mut names.iter().map(String::as_str));
-    let found = |number: usize| wish.report.packages.get(&packages[number].name);
-    let mut lock = FixedBitSet::with_capacity(packages.len());
-    lock.extend(names.values().copied());
-    let loads = wanted
-        .ones()
-        .filter_map(|number| Some((number, of(&found(number)?.loads))))
+    let imports: Vec<FixedBitSet> = wish
+        .report
+        .imports
+        .values()
+        .map(|loads| numbers(loads))
         .collect();
-    let requires = lock
-        .ones()
-        .filter_map(|number| Some((number, of(&found(number)?.requires))))
-        .collect();
-    let more = |one: &dyn Fn(usize) -> f64| wanted.ones().map(one).sum::<f64>().max(0.0);
-    Set {
-        group,
-        loads,
-        requires,
-        weight: count(wish.functions),
-        more_millis: more(&|number| {
-            found(number).map_or(0.0, |found| millis(found.micros) - packages[number].millis)
-        }),
-        more_kib: more(&|number| {
-            found(number).map_or(0.0, |found| kib(found.kib) - packages[number].kib)
-        }),
-        lock,
+    let mut wanted = none();
+    imports.iter().for_each(|loads| wanted.union_with(loads));
+    let mut set = Set {
+        group: *group,
+        lock: none(),
         wanted,
+        imports,
+        loads: HashMap::new(),
+        beside: HashMap::new(),
+        millis: vec![0.0; packages.len()],
+        kib: vec![0.0; packages.len()],
+        warm_up: wish.spec.warm_up.clone(),
+        // Where there are no Functions yet, each set is as good as another.
+        weight: if unused {
+            1.0
+        } else {
+            float(wish.functions as u64)
+        },
+    };
+    for (name, lines) in named {
+        let mut beside = none();
+        beside.extend(lines.iter().map(|(number, _)| *number));
+        set.lock.union_with(&beside);
+        let found = wish.report.packages.get(*name);
+        for required in found.iter().flat_map(|found| &found.requires) {
+            let lines = named.get(required.as_str()).into_iter().flatten();
+            beside.extend(lines.map(|(number, _)| *number));
+        }
+        for (number, _) in lines {
+            set.beside.insert(*number, beside.clone());
+        }
+        if let (Some(found), Some(number)) = (found, number(name))
+            && set.wanted.contains(number)
+        {
+            set.loads.insert(number, numbers(&found.loads));
+            set.millis[number] = float(found.micros) / 1000.0;
+            set.kib[number] = float(found.kib);
+        }
     }
+    set
 }
 
 #[allow(clippy::cast_precision_loss)] // Far below 2^52.
-fn millis(micros: u64) -> f64 {
-    micros as f64 / 1000.0
-}
-
-#[allow(clippy::cast_precision_loss)] // Far below 2^52.
-fn kib(kib: u64) -> f64 {
-    kib as f64
-}
-
-#[allow(clippy::cast_precision_loss)] // Far below 2^52.
-fn count(count: usize) -> f64 {
-    count as f64
+fn float(number: u64) -> f64 {
+    number as f64
 }

@@ -3,7 +3,7 @@
 //! What several sets have in common may be imported once, in a zygote that they all descend from. Which such zygotes are worth it is
 //! searched for by adding and removing one at a time, as long as that saves memory.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use fixedbitset::FixedBitSet;
 
@@ -32,7 +32,7 @@ impl Default for Overhead {
 }
 
 /// A zygote.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     /// See [`Set::group`].
     pub group: usize,
@@ -46,99 +46,142 @@ pub struct Node {
     pub set: Option<usize>,
     /// Place of the zygote that it descends from, always before its own.
     pub parent: Option<usize>,
+    /// Memory of what it imports itself, in KiB. Of a package that it has by descent, modules that only it imports count.
+    pub kib: f64,
+    /// Time of the same, in milliseconds.
+    pub millis: f64,
 }
 
 /// Zygotes, each behind the one that it descends from.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tree {
     /// All of them.
     pub nodes: Vec<Node>,
 }
 
 /// What a zygote that is there for others would import and install.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, PartialEq)]
 struct Shared {
-    group: usize,
     warm: FixedBitSet,
     lock: FixedBitSet,
+    /// What importing it takes for the set that imports most of it, in KiB.
+    kib: f64,
 }
 
-/// More are not tried: sets that differ in every possible way have too many things in common.
-const MOST_CANDIDATES: usize = 400;
+/// More are made only of the best of those that were found until then.
+const MOST_FOUND: usize = 1500;
+/// Those that save most are tried, in each group of sets.
+const MOST_TRIED: usize = 150;
 
 /// Less memory than this, in KiB, is not worth another zygote.
 const WORTH: f64 = 1024.0;
 
-/// Searches for the tree of least memory.
+/// Searches for the tree of least memory. Groups of sets have nothing in common, and each has trees of its own.
 #[must_use]
 pub fn least_memory(shelf: &Shelf, overhead: Overhead) -> Tree {
-    let mut left = candidates(shelf);
-    let mut chosen: Vec<Shared> = Vec::new();
-    let mut best = arrange(shelf, &chosen);
-    let mut least = best.kib(shelf, overhead);
+    let mut all = Tree::default();
+    for group in shelf.groups() {
+        let first = all.nodes.len();
+        let mut tree = of_group(shelf, group, overhead);
+        for node in &mut tree.nodes {
+            node.parent = node.parent.map(|above| above + first);
+        }
+        all.nodes.append(&mut tree.nodes);
+    }
+    all
+}
+
+fn of_group(shelf: &Shelf, group: usize, overhead: Overhead) -> Tree {
+    let candidates = candidates(shelf, group, overhead);
+    let mut chosen: Vec<usize> = Vec::new();
+    let tree_of = |chosen: &[usize]| {
+        let shared: Vec<&Shared> = chosen.iter().map(|one| &candidates[*one]).collect();
+        arrange(shelf, group, &shared)
+    };
+    let mut best = tree_of(&chosen);
+    let mut least = best.kib(overhead);
     loop {
-        let mut step: Option<(f64, Tree, Vec<Shared>)> = None;
-        let added = left.iter().map(|shared| {
-            let mut chosen = chosen.clone();
-            chosen.push(shared.clone());
-            chosen
-        });
-        let removed = (0..chosen.len()).map(|place| {
-            let mut chosen = chosen.clone();
-            chosen.remove(place);
-            chosen
-        });
-        for chosen in added.chain(removed) {
-            let tree = arrange(shelf, &chosen);
-            let kib = tree.kib(shelf, overhead);
-            let before = step.as_ref().map_or(least - WORTH, |(kib, ..)| *kib);
-            if kib < before {
-                step = Some((kib, tree, chosen));
+        let mut step: Option<(f64, Tree, Vec<usize>)> = None;
+        for one in 0..candidates.len() {
+            let mut next = chosen.clone();
+            match next.iter().position(|chosen| *chosen == one) {
+                Some(place) => {
+                    next.remove(place);
+                }
+                None => next.push(one),
+            }
+            let tree = tree_of(&next);
+            let kib = tree.kib(overhead);
+            if kib < step.as_ref().map_or(least - WORTH, |(kib, ..)| *kib) {
+                step = Some((kib, tree, next));
             }
         }
-        let Some((kib, tree, now)) = step else {
+        let Some((kib, tree, next)) = step else {
             return best;
         };
-        let all: BTreeSet<Shared> = left.into_iter().chain(chosen).collect();
-        left = all.into_iter().filter(|one| !now.contains(one)).collect();
-        (best, least, chosen) = (tree, kib, now);
+        (best, least, chosen) = (tree, kib, next);
     }
 }
 
-/// What two or more sets have in common.
-fn candidates(shelf: &Shelf) -> Vec<Shared> {
-    let mut found: BTreeSet<Shared> = BTreeSet::new();
-    // What is common to some sets, and which those are.
-    let mut fresh: Vec<(FixedBitSet, Vec<usize>)> = (0..shelf.sets.len())
-        .map(|set| (shelf.sets[set].wanted.clone(), vec![set]))
+/// What two or more sets of a group have in common, those first that save most memory.
+fn candidates(shelf: &Shelf, group: usize, overhead: Overhead) -> Vec<Shared> {
+    let members: Vec<usize> = (0..shelf.sets.len())
+        .filter(|set| shelf.sets[*set].group == group)
         .collect();
-    while !fresh.is_empty() && found.len() < MOST_CANDIDATES {
-        let mut next = Vec::new();
+    let mut found: BTreeMap<FixedBitSet, (f64, Shared)> = BTreeMap::new();
+    // What is common to some sets, and which those are.
+    let mut fresh: Vec<(FixedBitSet, Vec<usize>)> = members
+        .iter()
+        .map(|set| (shelf.sets[*set].wanted.clone(), vec![*set]))
+        .collect();
+    while !fresh.is_empty() && found.len() < MOST_FOUND {
+        let mut next: Vec<(f64, FixedBitSet, Vec<usize>)> = Vec::new();
         for (warm, of) in fresh {
-            for (other, set) in shelf.sets.iter().enumerate() {
-                if of.contains(&other) || set.group != shelf.sets[of[0]].group {
-                    continue;
-                }
+            for &other in members.iter().filter(|other| !of.contains(other)) {
                 let mut of = of.clone();
                 of.push(other);
                 let common = common(shelf, &warm, &of);
-                if common.is_clear() {
+                if common.is_clear() || found.contains_key(&common) {
+                    continue;
+                }
+                let lock = shelf.sets[other].installed(&common);
+                let takers: Vec<&Set> = members
+                    .iter()
+                    .map(|set| &shelf.sets[*set])
+                    .filter(|set| lock.is_subset(&set.lock) && set.takes(&common))
+                    .collect();
+                let most = |package: usize| {
+                    takers
+                        .iter()
+                        .map(|set| set.kib[package])
+                        .fold(0.0, f64::max)
+                };
+                let kib: f64 = common.ones().map(most).sum();
+                let each: f64 = takers
+                    .iter()
+                    .flat_map(|set| common.ones().map(|package| set.kib[package]))
+                    .sum();
+                let saved = each - kib - overhead.child;
+                if takers.len() < 2 || saved <= 0.0 {
                     continue;
                 }
                 let shared = Shared {
-                    group: set.group,
-                    lock: set.installed(&common),
                     warm: common.clone(),
+                    lock,
+                    kib,
                 };
-                let takers = shelf.sets.iter().filter(|set| shared.suits(set));
-                if takers.count() > 1 && found.len() < MOST_CANDIDATES && found.insert(shared) {
-                    next.push((common, of));
-                }
+                found.insert(common.clone(), (saved, shared));
+                next.push((saved, common, of));
             }
         }
-        fresh = next;
+        next.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
+        next.truncate(MOST_TRIED);
+        fresh = next.into_iter().map(|(_, warm, of)| (warm, of)).collect();
     }
-    found.into_iter().collect()
+    let mut found: Vec<(f64, Shared)> = found.into_values().collect();
+    found.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.warm.cmp(&b.1.warm)));
+    found.truncate(MOST_TRIED);
+    found.into_iter().map(|(_, shared)| shared).collect()
 }
 
 /// As much of these packages as each of the sets wants, without those that load more in one of them than is left.
@@ -155,65 +198,81 @@ fn common(shelf: &Shelf, packages: &FixedBitSet, of: &[usize]) -> FixedBitSet {
     }
 }
 
-impl Shared {
-    fn suits(&self, set: &Set) -> bool {
-        self.group == set.group && self.lock.is_subset(&set.lock) && set.takes(&self.warm)
-    }
-}
-
-fn users<'a>(shelf: &'a Shelf, group: usize, warm: &FixedBitSet) -> impl Iterator<Item = &'a Set> {
-    let warm = warm.clone();
-    let of_group = shelf.sets.iter().filter(move |set| set.group == group);
-    of_group.filter(move |set| warm.is_subset(&set.wanted))
-}
-
 /// Each set and each shared zygote below the one that spares it most memory.
-fn arrange(shelf: &Shelf, shared: &[Shared]) -> Tree {
-    let of_sets = shelf.sets.iter().enumerate().map(|(number, set)| Node {
-        group: set.group,
-        lock: set.lock.clone(),
-        warm: set.wanted.clone(),
-        own: set.wanted.clone(),
-        set: Some(number),
-        parent: None,
+fn arrange(shelf: &Shelf, group: usize, shared: &[&Shared]) -> Tree {
+    let of_sets = shelf
+        .sets
+        .iter()
+        .enumerate()
+        .filter(|(_, set)| set.group == group);
+    let of_sets = of_sets.map(|(number, set)| {
+        let kib = set.wanted.ones().map(|package| set.kib[package]).sum();
+        (
+            Node::new(set.group, &set.lock, &set.wanted, Some(number)),
+            kib,
+        )
     });
-    let of_others = shared.iter().map(|shared| Node {
-        group: shared.group,
-        lock: shared.lock.clone(),
-        warm: shared.warm.clone(),
-        own: shared.warm.clone(),
-        set: None,
-        parent: None,
+    let of_others = shared.iter().map(|shared| {
+        (
+            Node::new(group, &shared.lock, &shared.warm, None),
+            shared.kib,
+        )
     });
-    let mut nodes: Vec<Node> = of_others.chain(of_sets).collect();
-    nodes.sort_by_key(|node| (node.lock.count_ones(..), node.warm.count_ones(..), node.set));
+    let mut nodes: Vec<(Node, f64)> = of_others.chain(of_sets).collect();
+    nodes.sort_by_key(|(node, _)| (node.lock.count_ones(..), node.warm.count_ones(..), node.set));
     let mut depth = vec![1; nodes.len()];
     for place in 0..nodes.len() {
-        let node = &nodes[place];
-        let spared = |above: usize| shelf.kib(&nodes[above].warm);
         let above = (0..place)
-            .filter(|above| depth[*above] < DEEPEST && may_descend(shelf, node, &nodes[*above]))
-            .max_by(|a, b| spared(*a).total_cmp(&spared(*b)).then(b.cmp(a)));
+            .filter(|above| {
+                depth[*above] < DEEPEST && may_descend(shelf, &nodes[place].0, &nodes[*above].0)
+            })
+            .max_by(|a, b| nodes[*a].1.total_cmp(&nodes[*b].1).then(b.cmp(a)));
         if let Some(above) = above {
             depth[place] = depth[above] + 1;
-            let mut own = node.warm.clone();
-            own.difference_with(&nodes[above].warm);
-            nodes[place].own = own;
-            nodes[place].parent = Some(above);
+            nodes[place].0.parent = Some(above);
         }
     }
-    Tree { nodes }
+    let mut tree = Tree {
+        nodes: nodes.into_iter().map(|(node, _)| node).collect(),
+    };
+    tree.settle(shelf);
+    tree
 }
 
 fn may_descend(shelf: &Shelf, node: &Node, above: &Node) -> bool {
-    let fits = node.group == above.group
-        && above.lock.is_subset(&node.lock)
-        && above.warm.is_subset(&node.warm);
-    fits && match node.set {
-        Some(set) => shelf.sets[set].takes(&above.warm),
-        None => users(shelf, node.group, &node.warm)
-            .filter(|set| set.takes(&node.warm))
-            .all(|set| set.takes(&above.warm)),
+    let fits = above.lock.is_subset(&node.lock) && above.warm.is_subset(&node.warm);
+    // Sharing nothing but the interpreter would tie sets to each other for little.
+    if !fits || above.warm.is_clear() {
+        return false;
+    }
+    // What one runs after its imports is not the others' wish.
+    let warm_up = above.set.and_then(|set| shelf.sets[set].warm_up.as_ref());
+    match node.set {
+        Some(set) => {
+            let set = &shelf.sets[set];
+            set.takes(&above.warm) && (warm_up.is_none() || warm_up == set.warm_up.as_ref())
+        }
+        None => {
+            let takers = shelf.sets.iter().filter(|set| {
+                set.group == node.group && node.lock.is_subset(&set.lock) && set.takes(&node.warm)
+            });
+            warm_up.is_none() && { takers }.all(|set| set.takes(&above.warm))
+        }
+    }
+}
+
+impl Node {
+    fn new(group: usize, lock: &FixedBitSet, warm: &FixedBitSet, set: Option<usize>) -> Node {
+        Node {
+            group,
+            lock: lock.clone(),
+            warm: warm.clone(),
+            own: warm.clone(),
+            set,
+            parent: None,
+            kib: 0.0,
+            millis: 0.0,
+        }
     }
 }
 
@@ -231,24 +290,16 @@ impl Tree {
                 break;
             };
             let (set, imports, above) = &there[next];
-            let parent = above.and_then(|above| placed.iter().position(|one| *one == above));
-            let (mut warm, mut own) = (imports.clone(), imports.clone());
-            if let Some(parent) = parent {
-                let above: &Node = &nodes[parent];
-                own.difference_with(&above.warm);
-                warm.union_with(&above.warm);
-            }
+            let group = set.map_or(0, |set| shelf.sets[set].group);
+            let lock = set.map_or(imports, |set| &shelf.sets[set].lock);
+            let mut node = Node::new(group, lock, imports, *set);
+            node.parent = above.and_then(|above| placed.iter().position(|one| *one == above));
             placed.push(next);
-            nodes.push(Node {
-                group: set.map_or(0, |set| shelf.sets[set].group),
-                lock: set.map_or_else(|| imports.clone(), |set| shelf.sets[set].lock.clone()),
-                warm,
-                own,
-                set: *set,
-                parent,
-            });
+            nodes.push(node);
         }
-        Tree { nodes }
+        let mut tree = Tree { nodes };
+        tree.settle(shelf);
+        tree
     }
 
     /// Each set by itself.
@@ -261,26 +312,67 @@ impl Tree {
         Tree::of(shelf, &there)
     }
 
+    /// Works out what each zygote imports itself and what that takes, from what it is to have imported and whom it descends from.
+    ///
+    /// Who is there for others imports of each package as much as any of them does.
+    pub(crate) fn settle(&mut self, shelf: &Shelf) {
+        let none = || vec![(0.0, 0.0); shelf.packages.len()];
+        let mut asked: Vec<Vec<(f64, f64)>> = vec![none(); self.nodes.len()];
+        for place in (0..self.nodes.len()).rev() {
+            let node = &self.nodes[place];
+            if let Some(set) = node.set.map(|set| &shelf.sets[set]) {
+                for package in node.warm.ones() {
+                    asked[place][package] = (set.kib[package], set.millis[package]);
+                }
+            }
+            if let Some(above) = node.parent.filter(|above| self.nodes[*above].set.is_none()) {
+                let (before, after) = asked.split_at_mut(place);
+                for package in self.nodes[above].warm.ones() {
+                    if after[0][package].0 > before[above][package].0 {
+                        before[above][package] = after[0][package];
+                    }
+                }
+            }
+        }
+        for place in 0..self.nodes.len() {
+            let mut node = self.nodes[place].clone();
+            let mut have = none();
+            node.own = node.warm.clone();
+            if let Some(above) = node.parent {
+                have = asked[above].clone();
+                let warm = &self.nodes[above].warm;
+                node.own.difference_with(warm);
+                node.warm.union_with(warm);
+            }
+            (node.kib, node.millis) = (0.0, 0.0);
+            for package in node.warm.ones() {
+                let (kib, millis) = asked[place][package];
+                node.kib += (kib - have[package].0).max(0.0);
+                node.millis += (millis - have[package].1).max(0.0);
+                have[package] = (kib.max(have[package].0), millis.max(have[package].1));
+            }
+            asked[place] = have;
+            self.nodes[place] = node;
+        }
+    }
+
     /// Memory of all zygotes, in KiB.
     #[must_use]
-    pub fn kib(&self, shelf: &Shelf, overhead: Overhead) -> f64 {
+    pub fn kib(&self, overhead: Overhead) -> f64 {
         (0..self.nodes.len())
-            .map(|place| self.kib_of(place, shelf, overhead))
+            .map(|place| self.kib_of(place, overhead))
             .sum()
     }
 
     /// What a zygote takes beside those that it descends from, in KiB.
     #[must_use]
-    pub fn kib_of(&self, place: usize, shelf: &Shelf, overhead: Overhead) -> f64 {
+    pub fn kib_of(&self, place: usize, overhead: Overhead) -> f64 {
         let node = &self.nodes[place];
         let beside = match node.parent {
             Some(_) => overhead.child,
             None => overhead.root,
         };
-        // In part warm: the modules that others do not import are left out as well.
-        let set = node.set.map(|set| &shelf.sets[set]);
-        let more = set.filter(|set| set.wanted.is_subset(&node.warm));
-        beside + shelf.kib(&node.own) + more.map_or(0.0, |set| set.more_kib)
+        beside + node.kib
     }
 
     /// Import time that a start of each set is spared, in milliseconds: the mean over Functions, and what there would be to spare.
@@ -291,12 +383,10 @@ impl Tree {
             let Some(set) = node.set.map(|set| &shelf.sets[set]) else {
                 continue;
             };
-            let mut useful = node.warm.clone();
-            useful.intersect_with(&set.wanted);
-            let whole = set.wanted.is_subset(&useful);
-            let more = if whole { set.more_millis } else { 0.0 };
-            spared += set.weight * (shelf.millis(&useful) + more);
-            all += set.weight * (shelf.millis(&set.wanted) + set.more_millis);
+            let millis = |package: usize| set.millis[package];
+            let warm = |package: &usize| node.warm.contains(*package);
+            spared += set.weight * set.wanted.ones().filter(warm).map(millis).sum::<f64>();
+            all += set.weight * set.wanted.ones().map(millis).sum::<f64>();
             weight += set.weight;
         }
         if weight == 0.0 {
