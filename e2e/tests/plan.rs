@@ -202,7 +202,7 @@ fn what_cannot_be_measured_is_said_and_the_rest_is_planned() {
         let (picture, said) = kubectl_sock(&["plan", "--namespace", &namespace.name])?;
         ensure!(picture.contains("  plain"), "{picture}");
         ensure!(
-            said.contains("left out: PackageSet never of namespace")
+            said.starts_with(&format!("left out: {}/never: ", namespace.name))
                 && said.contains("it is not ready"),
             "{said}"
         );

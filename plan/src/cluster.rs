@@ -165,6 +165,7 @@ async fn wish(
         // Without imports nothing is imported ahead, and without packages nothing that is not the image's.
         None if spec.imports.is_empty() || requirements.is_empty() => Report::default(),
         None => {
+            is_ready(set)?;
             tell();
             let asked = json!({"imports": spec.imports, "extras": extras(&requirements)});
             let report = measure(client, &namespace, set, &asked, stop).await?;
@@ -209,15 +210,8 @@ async fn text(client: &Client, namespace: &str, spec: &PackageSetSpec) -> Result
         .with_context(|| format!("ConfigMap {} has no key {}", from.name, from.key))
 }
 
-/// By a Function that is there for a moment: its leaf starts interpreters of their own, with what the PackageSet installed,
-/// where its Functions run and with no more rights than they have.
-async fn measure(
-    client: &Client,
-    namespace: &str,
-    set: &PackageSet,
-    asked: &Value,
-    stop: &mut Stop,
-) -> Result<Report> {
+/// Whether its Functions would run on what its spec says.
+fn is_ready(set: &PackageSet) -> Result<()> {
     let ready = set
         .status
         .iter()
@@ -232,6 +226,18 @@ async fn measure(
         Some(ready) => bail!("it is not ready: {}", ready.message),
         None => bail!("it is not ready: nothing has looked at it yet"),
     }
+    Ok(())
+}
+
+/// By a Function that is there for a moment: its leaf starts interpreters of their own, with what the PackageSet installed,
+/// where its Functions run and with no more rights than they have.
+async fn measure(
+    client: &Client,
+    namespace: &str,
+    set: &PackageSet,
+    asked: &Value,
+    stop: &mut Stop,
+) -> Result<Report> {
     let functions: Api<Function> = Api::namespaced(client.clone(), namespace);
     let spec = serde_json::from_value(json!({
         "packageSet": set.name_any(), "handler": "app.handler", "source": {"inline": MEASURE},
