@@ -1,7 +1,7 @@
 //! Takes everything off a node that the installer put there.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::cgroup_moves;
 use crate::containerd::{self, Configurator, Process};
@@ -85,19 +85,52 @@ fn undo(host: &Host) -> Result<(), Error> {
     Ok(())
 }
 
-/// Processes that were started from sock's files, also from ones that an upgrade has replaced since.
+/// Shims of sock, and what they have started from their own program for the sandboxes that they hold.
 fn shims(host: &Host) -> usize {
-    let Ok(entries) = fs::read_dir(host.processes()) else {
+    let processes = host.processes();
+    let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
+    let of_host = namespace(&processes.join("1"));
+    let Ok(entries) = fs::read_dir(processes) else {
         return 0;
     };
     entries
         .filter_map(Result::ok)
-        .filter(|entry| {
-            fs::read_link(entry.path().join("exe")).is_ok_and(|program| {
-                program
-                    .to_string_lossy()
-                    .starts_with("/opt/sock/bin/containerd-shim-sock-v1")
-            })
-        })
+        .map(|entry| entry.path())
+        // A container may have a program of any name.
+        .filter(|process| namespace(process) == of_host)
+        .filter(|process| fs::read_link(process.join("exe")).is_ok_and(|exe| is_shim(&exe)))
         .count()
+}
+
+/// A shim runs from a mount of its own that is attached nowhere, so that its path is that of the file below it; an upgrade
+/// may have replaced the file since (proc_pid_exe(5)).
+fn is_shim(exe: &Path) -> bool {
+    let name = exe.file_name().unwrap_or_default().to_string_lossy();
+    matches!(
+        &*name,
+        "containerd-shim-sock-v1" | "containerd-shim-sock-v1 (deleted)"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shim_is_known_wherever_its_program_lies() {
+        for exe in [
+            "/containerd-shim-sock-v1",
+            "/opt/sock/bin/containerd-shim-sock-v1",
+            "/opt/sock/bin/containerd-shim-sock-v1 (deleted)",
+        ] {
+            assert!(is_shim(Path::new(exe)), "{exe}");
+        }
+        for exe in [
+            "/usr/bin/containerd-shim-runc-v2",
+            "/containerd-shim-sock-v10",
+            "/",
+        ] {
+            assert!(!is_shim(Path::new(exe)), "{exe}");
+        }
+    }
 }
