@@ -198,6 +198,8 @@ fn imitate(mapping: &Mapping, file: &std::fs::File) -> Result<()> {
     use std::os::fd::AsRawFd as _;
 
     const HUGE: usize = 2 << 20;
+    // Since Linux 6.1; a zygote on an older one has no huge pages to be like.
+    const MADV_COLLAPSE: i32 = 25;
     const PAGE: usize = 4096;
     let (flags, descriptor, protection) = match mapping.anonymous {
         // Pages of a file are not copied by a fork; the mapping itself is.
@@ -249,13 +251,20 @@ fn imitate(mapping: &Mapping, file: &std::fs::File) -> Result<()> {
     };
     if mapping.anonymous > 0 {
         advise(0, mapping.size, libc::MADV_NOHUGEPAGE);
-        let huge = mapping.huge / HUGE * HUGE;
-        if huge > 0 {
-            advise(0, huge, libc::MADV_HUGEPAGE);
-        }
         for at in (0..mapping.anonymous.min(mapping.size)).step_by(PAGE) {
             // SAFETY: lies within the mapping, which may be written to.
             unsafe { start.byte_add(at).cast::<u8>().write_volatile(1) };
+        }
+        // As the zygote does it, whatever the node does by itself.
+        let huge = mapping.huge / HUGE * HUGE;
+        if huge > 0 {
+            advise(0, huge, libc::MADV_HUGEPAGE);
+            let collapsed = advise(0, huge, MADV_COLLAPSE);
+            ensure!(
+                collapsed == 0,
+                "MADV_COLLAPSE: {}",
+                std::io::Error::last_os_error()
+            );
         }
     }
     Ok(())
