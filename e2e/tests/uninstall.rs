@@ -40,7 +40,7 @@ find /sys/fs/cgroup -maxdepth 2 -type d | sed 's/^/cgroup /'
 find /sys/fs/cgroup -maxdepth 2 -name cgroup.subtree_control -exec grep -H '' {} + | sed 's/^/controllers /'
 find /proc/sys -name binfmt_misc -prune -o -type f -perm /444 -exec grep -Hs '' {} + |
   grep -vE '^/proc/sys/(fs/(dentry-state|file-nr|inode-nr|inode-state|quota/)|kernel/(ns_last_pid|random/)|net/netfilter/nf_conntrack_count)' |
-  sed 's/^/setting /' || true
+  sed 's/^/setting /'
 systemctl list-unit-files --no-legend --plain | awk '{ print "unit", $1, $2 }'
 containerd config dump 2>/dev/null | sed 's/^/containerd /'
 ctr --namespace k8s.io containers ls -q | sed 's/^/container /'

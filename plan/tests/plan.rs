@@ -112,6 +112,14 @@ fn made(wishes: &[Wish], planned: &[Planned], tree: &Tree, shelf: &Shelf) -> Vec
     proposals(tree, shelf, wishes, planned, &taken)
 }
 
+/// Two sets of which neither has all packages of the other.
+fn crossing() -> [Wish; 2] {
+    [
+        wish("a", &["pandas", "flask"], SCIENCE),
+        wish("b", &["scipy", "pandas"], SCIENCE),
+    ]
+}
+
 #[test]
 fn what_two_sets_share_is_imported_once() {
     let wishes = [
@@ -138,10 +146,7 @@ fn what_two_sets_share_is_imported_once() {
 
 #[test]
 fn what_no_set_is_by_itself_becomes_a_package_set_of_its_own() {
-    let wishes = [
-        wish("a", &["pandas", "flask"], SCIENCE),
-        wish("b", &["scipy", "pandas"], SCIENCE),
-    ];
+    let wishes = crossing();
     let shelf = Shelf::new(&wishes);
     let tree = least_memory(&shelf, OVERHEAD);
     let made = made(&wishes, &[], &tree, &shelf);
@@ -181,27 +186,7 @@ fn what_no_set_is_by_itself_becomes_a_package_set_of_its_own() {
 
 #[test]
 fn a_plan_that_is_applied_is_the_plan_again() {
-    let mut wishes = vec![
-        wish("a", &["pandas", "flask"], SCIENCE),
-        wish("b", &["scipy", "pandas"], SCIENCE),
-    ];
-    let shelf = Shelf::new(&wishes);
-    let first = made(&wishes, &[], &least_memory(&shelf, OVERHEAD), &shelf);
-    for wish in &mut wishes {
-        let one = first
-            .iter()
-            .find(|one| one.name == wish.name)
-            .expect("a proposal");
-        wish.spec = one.spec.clone();
-        wish.now = Some(one.spec.clone());
-    }
-    let planned = [Planned {
-        namespace: "shop".into(),
-        name: first[0].name.clone(),
-        spec: first[0].spec.clone(),
-    }];
-    let shelf = Shelf::new(&wishes);
-    let again = made(&wishes, &planned, &least_memory(&shelf, OVERHEAD), &shelf);
+    let (_, again) = twice(crossing().into());
     assert!(
         again.iter().all(|one| one.change == Change::Same),
         "{again:#?}"
@@ -224,10 +209,7 @@ fn sets_of_different_images_or_namespaces_or_indexes_share_nothing() {
         },
     ];
     for alter in alterations {
-        let mut wishes = [
-            wish("a", &["pandas", "flask"], SCIENCE),
-            wish("b", &["scipy", "pandas"], SCIENCE),
-        ];
+        let mut wishes = crossing();
         alter(&mut wishes[1]);
         let tree = least_memory(&Shelf::new(&wishes), OVERHEAD);
         assert!(
@@ -574,10 +556,7 @@ fn a_chain_is_as_deep_as_the_shim_allows() {
 
 #[test]
 fn the_picture_shows_the_tree_and_what_it_saves() {
-    let wishes = [
-        wish("a", &["pandas", "flask"], SCIENCE),
-        wish("b", &["scipy", "pandas"], SCIENCE),
-    ];
+    let wishes = crossing();
     let shelf = Shelf::new(&wishes);
     let tree = least_memory(&shelf, OVERHEAD);
     let made = made(&wishes, &[], &tree, &shelf);
