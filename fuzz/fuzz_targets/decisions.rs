@@ -40,6 +40,7 @@ impl Shim {
                 }
                 Action::Mark(_)
                 | Action::Park(..)
+                | Action::Drain(_)
                 | Action::Freeze(_)
                 | Action::Thaw(_)
                 | Action::End(_) => {}
@@ -120,7 +121,7 @@ fuzz_target!(|input: &[u8]| {
                 shim.now += Duration::from_millis(50) * u32::from(which);
                 shim.say(Input::Tick);
             }
-            14 => shim.say(Input::Wanted),
+            14 => shim.say(if which & 1 == 0 { Input::Wanted } else { Input::Drain }),
             _ => {
                 let grace = Duration::from_secs(u64::from(which));
                 shim.say(Input::Stop(shim.now + grace));

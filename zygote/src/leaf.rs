@@ -280,6 +280,14 @@ impl Leaf {
         self.0.channel.send(&ToLeaf::Park { conn }, &[])
     }
 
+    /// Has every answer from here on end its connection: see [`ToLeaf::DRAIN`].
+    ///
+    /// # Errors
+    /// [`Error::Wire`].
+    pub fn drain(&self) -> Result<()> {
+        self.park(ToLeaf::DRAIN)
+    }
+
     /// Asks it to finish what is under way and exit.
     ///
     /// # Errors

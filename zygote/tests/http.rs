@@ -461,6 +461,34 @@ fn the_shim_can_ask_for_a_connection_back() {
 }
 
 #[test]
+fn answers_of_a_draining_leaf_are_the_last_on_their_connection() {
+    shim(async {
+        let mut leaf = Served::with(|f| f.setup.park_after_ms = 60_000).await;
+        let (mut client, first) = leaf.send(get("/"));
+        leaf.done(first).await;
+        assert_eq!(reply(&mut client).header("connection"), None);
+        client.write_all(get("/slow?s=0.2").as_bytes()).unwrap();
+        until(&leaf.leaf.leaf, |e| matches!(e, Event::Began { .. })).await;
+        leaf.leaf.leaf.drain().unwrap();
+        leaf.closed(first).await;
+        let answer = reply(&mut client);
+        assert_eq!(answer.header("connection"), Some("close"));
+        assert_eq!(answer.text(), "slept");
+        assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+
+        let (mut client, second) = leaf.send(get("/r?kind=fail"));
+        leaf.closed(second).await;
+        let answer = reply(&mut client);
+        assert_eq!(
+            (answer.status, answer.header("connection")),
+            (500, Some("close"))
+        );
+        leaf.leaf.leaf.exit().unwrap();
+        assert!(leaf.leaf.leaf.event().await.unwrap_err().is_closed());
+    });
+}
+
+#[test]
 fn a_single_request_leaf_serves_one_and_gives_the_connection_back() {
     shim(async {
         let mut leaf = Served::with(|f| f.setup.single_request = true).await;

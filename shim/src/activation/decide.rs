@@ -91,6 +91,8 @@ pub enum Input {
         /// Whether the connection can be given to another leaf as it is.
         untouched: bool,
     },
+    /// The pod is about to stop: an answer is the last on its connection.
+    Drain,
     /// No further connection comes; what is there may take until then.
     Stop(Instant),
     /// A deadline may have passed.
@@ -109,6 +111,8 @@ pub enum Action {
     Mark(Conn),
     /// Ask the leaf for the connection back.
     Park(Leaf, Conn),
+    /// Have the leaf say with every answer that it is the last on its connection.
+    Drain(Leaf),
     /// Wait for the next bytes on it.
     Watch(Conn),
     /// Answer it if its request has been sent nothing yet, and close it.
@@ -225,6 +229,7 @@ pub struct Dispatcher {
     quick_start: bool,
     failures: u32,
     no_fork_before: Option<Instant>,
+    draining: bool,
     stop: Option<Instant>,
 }
 
@@ -241,6 +246,7 @@ impl Dispatcher {
             quick_start: false,
             failures: 0,
             no_fork_before: None,
+            draining: false,
             stop: None,
         }
     }
@@ -250,7 +256,7 @@ impl Dispatcher {
         let mut actions = Vec::new();
         match input {
             Input::Wanted => {
-                if self.leaves.is_empty() && self.stop.is_none() {
+                if self.leaves.is_empty() && !self.draining {
                     self.fork(now, &mut actions);
                 }
             }
@@ -264,7 +270,7 @@ impl Dispatcher {
                     *there = Some(now);
                 }
             }
-            Input::Ready(leaf) => self.ready(now, leaf),
+            Input::Ready(leaf) => self.ready(now, leaf, &mut actions),
             Input::Began(leaf, conn) => self.began(now, leaf, conn, &mut actions),
             Input::Done(leaf, conn) => self.done(now, leaf, conn, &mut actions),
             Input::Parked(leaf, conn) => self.parked(now, leaf, conn, &mut actions),
@@ -275,7 +281,9 @@ impl Dispatcher {
             }
             Input::Unruly(leaf) => self.kill(leaf, Answer::Crashed, &mut actions),
             Input::Ended { leaf, untouched } => self.ended(now, leaf, untouched, &mut actions),
+            Input::Drain => self.drain(&mut actions),
             Input::Stop(deadline) => {
+                self.drain(&mut actions);
                 self.stop = Some(self.stop.map_or(deadline, |known| known.min(deadline)));
             }
             Input::Tick => {}
@@ -361,7 +369,18 @@ impl Dispatcher {
         state.held.as_mut().filter(|held| held.waited.conn == conn)
     }
 
-    fn ready(&mut self, now: Instant, leaf: Leaf) {
+    /// A leaf that is not ready yet is told when it is, which is soon enough: it reads no request before.
+    fn drain(&mut self, actions: &mut Vec<Action>) {
+        if !std::mem::replace(&mut self.draining, true) {
+            let ready = self
+                .leaves
+                .iter()
+                .filter(|(_, leaf)| matches!(leaf.stage, Stage::Ready));
+            actions.extend(ready.map(|(name, _)| Action::Drain(*name)));
+        }
+    }
+
+    fn ready(&mut self, now: Instant, leaf: Leaf, actions: &mut Vec<Action>) {
         let Some(state) = self.leaves.get_mut(&leaf) else {
             return;
         };
@@ -374,6 +393,9 @@ impl Dispatcher {
         self.no_fork_before = None;
         state.stage = Stage::Ready;
         state.started = true;
+        if self.draining {
+            actions.push(Action::Drain(leaf));
+        }
         if state.held.is_none() {
             state.idle_since = now;
             self.idle.push(leaf);
@@ -607,7 +629,7 @@ impl Dispatcher {
                 (state.stage, held.request),
                 (Stage::Ready, Request::Between { .. })
             );
-            if between && (unserved > 0 || self.stop.is_some()) {
+            if between && (unserved > 0 || self.draining) {
                 // To take it back is quicker than a fork, and keeps an open but quiet connection from
                 // occupying a leaf.
                 if !held.park_asked {

@@ -22,7 +22,7 @@ use super::zygotes::{Interpreter, Told, Zygote, Zygotes};
 
 /// When descriptors run out, accepting goes on after this.
 const EXHAUSTED: Duration = Duration::from_millis(50);
-/// A client that connected just before the stop may still send its request.
+/// A client that connected or had its answer just before the stop may still send its request.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 /// Connections taken from the kernel before others get their turn.
 const ACCEPT_AT_ONCE: usize = 64;
@@ -54,6 +54,8 @@ pub(super) struct Driver {
     changed: Notify,
     closing: Notify,
     stopping: Cell<bool>,
+    /// No further request is waited for.
+    over: Cell<bool>,
     leaf_tasks: Cell<usize>,
     pub(super) counts: RefCell<Counts>,
     first: RefCell<Option<oneshot::Sender<Result<(), String>>>>,
@@ -89,6 +91,7 @@ impl Driver {
             changed: Notify::new(),
             closing: Notify::new(),
             stopping: Cell::new(false),
+            over: Cell::new(false),
             leaf_tasks: Cell::new(0),
             counts: RefCell::default(),
             first: RefCell::new(None),
@@ -134,6 +137,7 @@ impl Driver {
             Action::HandOver(conn, leaf) => self.hand_over(conn, leaf),
             Action::Mark(conn) => self.connections.borrow_mut().mark(conn),
             Action::Park(leaf, conn) => self.tell(leaf, |to| to.park(conn.0)),
+            Action::Drain(leaf) => self.tell(leaf, sock_zygote::Leaf::drain),
             Action::End(leaf) => self.tell(leaf, sock_zygote::Leaf::exit),
             Action::Watch(conn) => self.watch(conn, Watch::Parked),
             Action::Answer(conn, answer) => self.answer(conn, answer),
@@ -263,7 +267,7 @@ impl Driver {
                 self.input(Input::Readable(conn));
                 return;
             }
-            Peeked::Nothing if !(self.stopping.get() && watch == Watch::Parked) => {}
+            Peeked::Nothing if !self.over.get() => {}
             Peeked::Nothing | Peeked::End => {
                 self.connections.borrow_mut().close(conn);
                 return;
@@ -288,6 +292,19 @@ impl Driver {
             .borrow_mut()
             .watched(conn, watch, task.abort_handle());
         if let Some(conn) = crowded_out {
+            self.drop_connection(conn);
+        }
+    }
+
+    /// Closes a connection on which no request is, as of now.
+    fn end_of_patience(self: &Rc<Self>, conn: Conn) {
+        let bytes = self
+            .socket(conn)
+            .is_some_and(|socket| peek(&socket) == Peeked::Bytes);
+        if bytes {
+            self.connections.borrow_mut().unwatch(conn);
+            self.input(Input::Readable(conn));
+        } else {
             self.drop_connection(conn);
         }
     }
@@ -465,23 +482,18 @@ impl Driver {
     /// Lets what is under way finish until `deadline`, then ends everything.
     pub(super) async fn stop(self: &Rc<Self>, deadline: Instant) {
         self.stopping.set(true);
-        let parked = self.connections.borrow().all_watched(Watch::Parked);
-        for conn in parked {
-            let bytes = self
-                .socket(conn)
-                .is_some_and(|socket| peek(&socket) == Peeked::Bytes);
-            if bytes {
-                self.connections.borrow_mut().unwatch(conn);
-                self.input(Input::Readable(conn));
-            } else {
-                self.drop_connection(conn);
-            }
-        }
+        self.input(Input::Drain);
         let patience = tokio::time::Instant::from_std(deadline.min(now() + LAST_WORDS));
-        let silent = || self.connections.borrow().all_watched(Watch::Silent);
-        let _ = tokio::time::timeout_at(patience, self.until(|| silent().is_empty())).await;
-        for conn in silent() {
-            self.drop_connection(conn);
+        let quiet = || {
+            let connections = self.connections.borrow();
+            [Watch::Silent, Watch::Parked]
+                .map(|watch| connections.all_watched(watch))
+                .concat()
+        };
+        let _ = tokio::time::timeout_at(patience, self.until(|| quiet().is_empty())).await;
+        self.over.set(true);
+        for conn in quiet() {
+            self.end_of_patience(conn);
         }
         self.input(Input::Stop(deadline));
         self.until(|| self.dispatcher.borrow().is_empty() && self.leaf_tasks.get() == 0)

@@ -26,6 +26,7 @@ fn leaf_process() {
         control: std::io::stdin().as_fd().try_clone_to_owned().expect("dup"),
         waiting: VecDeque::new(),
         compiled: String::new(),
+        draining: false,
     };
     leaf.run();
     std::process::exit(0);
@@ -36,6 +37,7 @@ struct Leaf {
     waiting: VecDeque<(ToLeaf, Vec<OwnedFd>)>,
     /// What it was told that another has compiled.
     compiled: String,
+    draining: bool,
 }
 
 enum After {
@@ -110,7 +112,7 @@ impl Leaf {
                     }
                 }
                 (ToLeaf::Exit, _) => return,
-                (ToLeaf::Park { .. }, _) => {}
+                (ToLeaf::Park { conn }, _) => self.draining |= conn == ToLeaf::DRAIN,
                 (ToLeaf::Setup { .. }, _) => panic!("Setup comes once"),
             }
         }
@@ -179,8 +181,13 @@ impl Leaf {
                 "/compiled" => self.compiled.clone(),
                 _ => std::process::id().to_string(),
             };
+            while self.control_has_something() {
+                let mut park = false;
+                self.receive(&mut park);
+            }
+            let connection = if self.draining { "close" } else { "keep-alive" };
             let head = format!(
-                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+                "HTTP/1.1 200 OK\r\nConnection: {connection}\r\nContent-Length: {}\r\n\r\n{body}",
                 body.len()
             );
             write_all(&socket, head.as_bytes());
@@ -189,11 +196,35 @@ impl Leaf {
                 status: 200,
                 micros: 1,
             });
+            if self.draining {
+                let _ = shutdown(&socket, Shutdown::Write);
+                drop(socket);
+                self.say(&FromLeaf::Closed { conn });
+                return After::Ended;
+            }
             if setup.single_request {
                 drop(socket);
                 self.say(&FromLeaf::Parked { conn });
                 return After::Ended;
             }
+        }
+    }
+
+    fn control_has_something(&self) -> bool {
+        let mut fds = [PollFd::new(&self.control, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())) == Ok(1)
+    }
+
+    fn receive(&mut self, park: &mut bool) {
+        match protocol::receive::<ToLeaf>(&self.control) {
+            Ok(received) => match received.message {
+                ToLeaf::Park {
+                    conn: ToLeaf::DRAIN,
+                } => self.draining = true,
+                ToLeaf::Park { .. } => *park = true,
+                message => self.waiting.push_back((message, received.fds)),
+            },
+            Err(_) => std::process::exit(0),
         }
     }
 
@@ -214,11 +245,7 @@ impl Leaf {
                 return true;
             }
             if message {
-                match protocol::receive::<ToLeaf>(&self.control) {
-                    Ok(received) if matches!(received.message, ToLeaf::Park { .. }) => *park = true,
-                    Ok(received) => self.waiting.push_back((received.message, received.fds)),
-                    Err(_) => std::process::exit(0),
-                }
+                self.receive(park);
             } else if *park || left.is_zero() {
                 return false;
             }

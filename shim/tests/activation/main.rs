@@ -389,6 +389,33 @@ fn a_stop_lets_requests_finish_and_then_refuses() {
     });
 }
 
+/// A client that keeps its connection learns from an answer that it ends, and not from a request that nobody reads.
+#[test]
+fn a_stop_is_announced_on_connections_that_are_kept() {
+    in_pod(|pod| async move {
+        let activation = pod.start().await;
+        let mut with_leaf = pod.connect(&activation).await;
+        let mut with_shim = pod.connect(&activation).await;
+        let mut new = pod.connect(&activation).await;
+        let mut under_way = pod.connect(&activation).await;
+        assert!(!get(&mut with_shim, "/hello").await.is_last());
+        sleep(150 * MILLI).await;
+        pod::send(&mut under_way, "/slow").await;
+        assert!(!get(&mut with_leaf, "/hello").await.is_last());
+        let clients = async {
+            assert!(pod::answer(&mut under_way).await.is_last());
+            for client in [&mut with_leaf, &mut with_shim, &mut new] {
+                sleep(20 * MILLI).await;
+                let last = get(client, "/hello").await;
+                assert_eq!((last.status, last.is_last()), (200, true), "{last:?}");
+                assert_eq!(client.read(&mut [0; 1]).await.expect("no reset"), 0);
+            }
+        };
+        tokio::join!(activation.stop(Duration::from_secs(20)), clients);
+        pod.nothing_is_left();
+    });
+}
+
 #[test]
 fn a_stop_does_not_wait_beyond_its_grace() {
     in_pod(|mut pod| async move {

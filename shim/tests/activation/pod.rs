@@ -468,6 +468,15 @@ pub struct Answer {
     pub leaf: u32,
 }
 
+impl Answer {
+    /// Whether the client is told that no other answer comes on this connection.
+    pub fn is_last(&self) -> bool {
+        self.head
+            .to_lowercase()
+            .contains("\r\nconnection: close\r\n")
+    }
+}
+
 pub async fn send(client: &mut TcpStream, path: &str) {
     send_with_body(client, path, b"").await;
 }

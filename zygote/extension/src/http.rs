@@ -4,7 +4,8 @@
 //! nothing else can; between handlers everything waits in one poll(2). That costs nothing to start,
 //! which matters in a process that is forked for one request.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::Service;
 use hyper::{Request, Response, StatusCode};
@@ -56,6 +57,9 @@ impl Server {
 
 /// Serves until the shim has no more to say, or the only request is answered. Yields the exit status.
 pub fn serve(py: Python<'_>, runtime: &Runtime, control: &OwnedFd, server: Server) -> i32 {
+    let Ok(control) = control.as_fd().try_clone_to_owned() else {
+        return 1;
+    };
     let woken = Arc::new(Woken(AtomicBool::new(false)));
     let shop = Rc::new(Shop {
         single: server.setup.single_request,
@@ -63,11 +67,10 @@ pub fn serve(py: Python<'_>, runtime: &Runtime, control: &OwnedFd, server: Serve
         server,
         runtime: runtime.clone_ref(py),
         lost: Cell::new(false),
-        control: control.as_fd().try_clone_to_owned().ok(),
+        draining: Cell::new(false),
+        heard: RefCell::default(),
+        control,
     });
-    if shop.control.is_none() {
-        return 1;
-    }
     let mut leaf = Loop {
         shop,
         connections: Vec::new(),
@@ -76,7 +79,7 @@ pub fn serve(py: Python<'_>, runtime: &Runtime, control: &OwnedFd, server: Serve
         woken,
     };
     loop {
-        if let Some(status) = leaf.turn(py, control) {
+        if let Some(status) = leaf.turn(py) {
             return status;
         }
     }
@@ -96,19 +99,40 @@ struct Shop {
     runtime: Runtime,
     single: bool,
     park_after: Duration,
-    control: Option<OwnedFd>,
+    control: OwnedFd,
     /// The shim is gone.
     lost: Cell<bool>,
+    /// The pod stops: see [`ToLeaf::DRAIN`].
+    draining: Cell<bool>,
+    /// Messages of the shim that came while a request was under way.
+    heard: RefCell<VecDeque<Message>>,
 }
+
+type Message = Result<Received<ToLeaf>, protocol::Error>;
 
 impl Shop {
     fn tell(&self, message: &FromLeaf) {
-        let sent = self
-            .control
-            .as_ref()
-            .map(|control| protocol::send(control, message, &[]));
-        if !matches!(sent, Some(Ok(()))) {
+        if protocol::send(&self.control, message, &[]).is_err() {
             self.lost.set(true);
+        }
+    }
+
+    /// Takes what the shim has said by now, and keeps what is not for this moment.
+    fn listen(&self) {
+        loop {
+            let mut control = [PollFd::new(&self.control, PollFlags::IN)];
+            if !matches!(poll(&mut control, Some(&Timespec::default())), Ok(1)) {
+                return;
+            }
+            let drain = ToLeaf::Park {
+                conn: ToLeaf::DRAIN,
+            };
+            match protocol::receive::<ToLeaf>(&self.control) {
+                Ok(Received { message, .. }) if message == drain => self.draining.set(true),
+                Ok(message) => self.heard.borrow_mut().push_back(Ok(message)),
+                Err(error) if error.would_block() => return,
+                Err(error) => return self.heard.borrow_mut().push_back(Err(error)),
+            }
         }
     }
 }
@@ -145,11 +169,15 @@ struct Loop {
 
 impl Loop {
     /// Waits once and does what there is to do. `Some` is the end.
-    fn turn(&mut self, py: Python<'_>, control: &OwnedFd) -> Option<i32> {
-        let wait = self
-            .deadline()
-            .map(|at| at.saturating_duration_since(Instant::now()));
-        let ready = match wait_for(py, control, &self.connections, wait) {
+    fn turn(&mut self, py: Python<'_>) -> Option<i32> {
+        let heard = !self.shop.heard.borrow().is_empty();
+        let deadline = if heard {
+            Some(Instant::now())
+        } else {
+            self.deadline()
+        };
+        let wait = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let ready = match wait_for(py, &self.shop.control, &self.connections, wait) {
             Ok(ready) => ready,
             Err(errno) => {
                 eprintln!("sock: wait for requests (poll): {errno}");
@@ -162,7 +190,11 @@ impl Loop {
             return Some(130);
         }
         let mut ready = ready.into_iter();
-        if ready.next() == Some(true) && !self.hear(control) {
+        if ready.next() == Some(true) {
+            self.shop.listen();
+        }
+        let heard = self.shop.heard.take();
+        if !heard.into_iter().all(|message| self.hear(message)) {
             return Some(0);
         }
         let now = Instant::now();
@@ -211,8 +243,8 @@ impl Loop {
     }
 
     /// A message of the shim. `false` when the leaf is to end at once.
-    fn hear(&mut self, control: &OwnedFd) -> bool {
-        match protocol::receive::<ToLeaf>(control) {
+    fn hear(&mut self, message: Message) -> bool {
+        match message {
             Ok(Received {
                 message: ToLeaf::Serve { conn },
                 mut fds,
@@ -243,7 +275,7 @@ impl Loop {
                 message: ToLeaf::Setup { .. },
                 ..
             }) => return false,
-            Err(error) => return error.would_block(),
+            Err(_) => return false,
         }
         true
     }
@@ -421,7 +453,13 @@ impl Service<Request<Incoming>> for Requests {
             shared.stage.set(Stage::Serving(began));
             shared.requests.set(shared.requests.get() + 1);
             shop.tell(&FromLeaf::Began { conn });
-            let response = shop.answer(request, &shared).await?;
+            let mut response = shop.answer(request, &shared).await?;
+            shop.listen();
+            if shop.draining.get() {
+                response
+                    .headers_mut()
+                    .insert(CONNECTION, HeaderValue::from_static("close"));
+            }
             shared.stage.set(Stage::Answered {
                 began,
                 status: response.status().as_u16(),

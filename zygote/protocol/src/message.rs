@@ -158,11 +158,19 @@ pub enum ToLeaf {
     /// Hand the connection back if it is idle at a request boundary: answered by `Parked`, or by
     /// nothing while a request is under way (the next `Done` is then followed by `Parked`).
     Park {
-        /// From `Serve`.
+        /// From `Serve`, or [`ToLeaf::DRAIN`].
         conn: u64,
     },
     /// Finish what is under way and exit with status 0.
     Exit,
+}
+
+impl ToLeaf {
+    /// `Park` of this connection, which never is one: the pod stops. Every answer from here on says that it is the last on
+    /// its connection (`Connection: close`; RFC 9112, 9.6), so that no client sends another request into the end.
+    ///
+    /// Not a message of its own: leaves of a release that knows none pass over a connection that they do not have.
+    pub const DRAIN: u64 = u64::MAX;
 }
 
 /// What a descriptor of [`ToLeaf::Setup`] is for.

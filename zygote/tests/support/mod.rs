@@ -902,6 +902,15 @@ impl Reply {
     pub fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }
+
+    /// Of a header given in lower case.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let fields = self.head.lines().filter_map(|line| line.split_once(": "));
+        fields
+            .filter(|(field, _)| field.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value)
+            .next()
+    }
 }
 
 pub fn reply(client: &mut TcpStream) -> Reply {

@@ -417,6 +417,39 @@ fn a_request_given_back_unanswered_ends_the_leaf() {
 }
 
 #[test]
+fn every_leaf_hears_of_the_end_before_it_serves_again() {
+    let mut bench = Bench::new(rules());
+    let busy = bench.busy_leaf(A);
+    let [Action::Fork(starting)] = bench.say(Input::Readable(B))[..] else {
+        panic!("a leaf is started")
+    };
+    assert_eq!(bench.say(Input::Drain), [Action::Drain(busy)]);
+    assert_eq!(bench.say(Input::Drain), []);
+    bench.say(Input::There(starting));
+    assert_eq!(
+        bench.say(Input::Ready(starting)),
+        [Action::Drain(starting), Action::HandOver(B, starting)]
+    );
+    assert_eq!(
+        bench.say(Input::Done(busy, A)),
+        [Action::Mark(A), Action::Park(busy, A)],
+        "one that has not heard of it in time gives the connection back"
+    );
+    assert_eq!(bench.say(Input::Parked(busy, A)), [Action::Watch(A)]);
+    assert_eq!(bench.say(Input::Readable(A)), [Action::HandOver(A, busy)]);
+    assert_eq!(
+        bench.say(Input::Stop(bench.now + SECOND)),
+        [],
+        "they know it already"
+    );
+    bench.say(Input::Began(busy, A));
+    assert_eq!(
+        bench.say(Input::Closed(busy, A)),
+        [Action::Close(A), Action::End(busy)]
+    );
+}
+
+#[test]
 fn a_stop_lets_requests_finish_and_ends_the_leaves() {
     let mut bench = Bench::new(Rules {
         instances: 1,
@@ -424,7 +457,10 @@ fn a_stop_lets_requests_finish_and_ends_the_leaves() {
     });
     let leaf = bench.busy_leaf(A);
     assert_eq!(bench.say(Input::Readable(B)), [Action::Park(leaf, A)]);
-    assert_eq!(bench.say(Input::Stop(bench.now + 5 * SECOND)), []);
+    assert_eq!(
+        bench.say(Input::Stop(bench.now + 5 * SECOND)),
+        [Action::Drain(leaf)]
+    );
     bench.say(Input::Done(leaf, A));
     assert_eq!(
         bench.say(Input::Parked(leaf, A)),
@@ -487,6 +523,7 @@ struct Sim {
     exit_asked: bool,
     killed: bool,
     frozen: bool,
+    drained: bool,
 }
 
 impl World {
@@ -553,6 +590,10 @@ impl World {
             }
             Action::Mark(conn) => assert!(self.inside.contains(&conn)),
             Action::Park(leaf, conn) => assert_eq!(self.leaves[&leaf].holds, Some(conn)),
+            Action::Drain(leaf) => {
+                let sim = self.leaves.get_mut(&leaf).expect("a leaf that is there");
+                assert!(sim.ready && !std::mem::replace(&mut sim.drained, true));
+            }
             Action::Watch(conn) => {
                 assert!(self.inside.remove(&conn) && self.watched.insert(conn));
             }
@@ -629,6 +670,7 @@ impl World {
                     self.say(Input::Readable(conn));
                 }
             }
+            Step::Drain => self.say(Input::Drain),
             Step::Advance(millis) => {
                 self.bench.now += Duration::from_millis(millis);
                 self.say(Input::Tick);
@@ -699,6 +741,7 @@ impl World {
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Connect,
+    Drain,
     Resume(usize),
     Advance(u64),
     Forward(usize),
@@ -708,12 +751,13 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        4 => Just(Step::Connect),
-        2 => any::<usize>().prop_map(Step::Resume),
-        2 => (0..4_000u64).prop_map(Step::Advance),
-        12 => any::<usize>().prop_map(Step::Forward),
-        1 => (any::<usize>(), any::<bool>()).prop_map(|(leaf, untouched)| Step::End(leaf, untouched)),
-        1 => (any::<usize>(), any::<u64>(), any::<usize>()).prop_map(|(l, c, k)| Step::Lie(l, c, k)),
+        8 => Just(Step::Connect),
+        1 => Just(Step::Drain),
+        4 => any::<usize>().prop_map(Step::Resume),
+        4 => (0..4_000u64).prop_map(Step::Advance),
+        24 => any::<usize>().prop_map(Step::Forward),
+        2 => (any::<usize>(), any::<bool>()).prop_map(|(leaf, untouched)| Step::End(leaf, untouched)),
+        2 => (any::<usize>(), any::<u64>(), any::<usize>()).prop_map(|(l, c, k)| Step::Lie(l, c, k)),
     ];
     prop::collection::vec(step, 0..200)
 }
