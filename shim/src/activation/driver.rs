@@ -473,6 +473,11 @@ impl Driver {
         self.connections.borrow().len()
     }
 
+    /// See [`super::Activation::drain`].
+    pub(super) fn drain(self: &Rc<Self>) {
+        self.input(Input::Drain);
+    }
+
     /// Ends [`Driver::accept`]; what has connected by then is taken in.
     pub(super) fn close(&self) {
         self.stopping.set(true);
@@ -482,7 +487,7 @@ impl Driver {
     /// Lets what is under way finish until `deadline`, then ends everything.
     pub(super) async fn stop(self: &Rc<Self>, deadline: Instant) {
         self.stopping.set(true);
-        self.input(Input::Drain);
+        self.drain();
         let patience = tokio::time::Instant::from_std(deadline.min(now() + LAST_WORDS));
         let quiet = || {
             let connections = self.connections.borrow();

@@ -254,6 +254,12 @@ impl Activation {
         self.port
     }
 
+    /// Goes on serving, and says with every answer that it is the last on its connection: clients that keep theirs go
+    /// elsewhere while there is time, and no request meets the end.
+    pub fn drain(&self) {
+        self.driver.drain();
+    }
+
     /// Closes the listening socket, lets requests that are there finish for at most `grace`, and ends
     /// all leaves. Nothing of them is left when this returns. May be called again with less grace.
     pub async fn stop(&self, grace: Duration) {

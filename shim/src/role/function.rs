@@ -127,6 +127,13 @@ impl FunctionContainer {
         [own].into_iter().chain(others).collect()
     }
 
+    /// See [`Activation::drain`].
+    pub fn drain(&self) {
+        if let Some(activation) = &*self.activation.borrow() {
+            activation.drain();
+        }
+    }
+
     /// Stops accepting and lets requests finish. Returns when no leaf is left.
     pub async fn stop(&self, grace: Duration) {
         let activation = self.activation.borrow().clone();

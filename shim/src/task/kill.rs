@@ -67,7 +67,8 @@ fn stop_function(container: Rc<Container>, signal: i32) -> Result<Empty, Failure
         tokio::task::spawn_local(async move {
             if let Role::Function(function) = &container.role {
                 // The pod leaves the endpoints of its Service at the same time as it is told to end, and every node learns of
-                // it a moment later: until then connections still come.
+                // it a moment later: until then connections still come. Clients that keep theirs hear of it at once.
+                function.drain();
                 tokio::time::sleep(ENDPOINTS_LINGER).await;
                 function.stop(function.timeout()).await;
             }

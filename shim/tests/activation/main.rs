@@ -402,6 +402,14 @@ fn a_stop_is_announced_on_connections_that_are_kept() {
         sleep(150 * MILLI).await;
         pod::send(&mut under_way, "/slow").await;
         assert!(!get(&mut with_leaf, "/hello").await.is_last());
+        let mut drained = pod.connect(&activation).await;
+        assert!(!get(&mut drained, "/hello").await.is_last());
+        activation.drain();
+        let mut later = pod.connect(&activation).await;
+        for client in [&mut drained, &mut later] {
+            let last = get(client, "/hello").await;
+            assert_eq!((last.status, last.is_last()), (200, true), "{last:?}");
+        }
         let clients = async {
             assert!(pod::answer(&mut under_way).await.is_last());
             for client in [&mut with_leaf, &mut with_shim, &mut new] {
