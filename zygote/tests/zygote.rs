@@ -56,6 +56,69 @@ fn a_module_that_starts_a_thread_is_named() {
     });
 }
 
+/// Each mapping of a process: its line in `maps`, and KiB of it that are the process's own (proc_pid_smaps(5)).
+fn mappings(pid: i32) -> Vec<(String, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut all: Vec<(String, u64)> = Vec::new();
+    for line in text.lines() {
+        match line.split_once(':') {
+            Some((name, value)) if !name.contains(' ') => {
+                let kib = value.trim().trim_end_matches(" kB");
+                if name == "Anonymous" {
+                    all.last_mut().unwrap().1 = kib.parse().unwrap();
+                }
+            }
+            _ => all.push((line.to_owned(), 0)),
+        }
+    }
+    all
+}
+
+#[test]
+fn leaves_have_from_the_fork_what_they_read_of_programs_and_few_mappings() {
+    shim(async {
+        let pool = Pool::start(
+            Container::new(&[], &[]),
+            &zygote_setup(&["json", "decimal"]),
+        )
+        .await
+        .unwrap();
+        let all = mappings(pool.process.pid());
+        let run = |line: &str| line.contains(" r-xp ") && !line.ends_with(']');
+        let libraries: Vec<_> = all.iter().filter(|(line, _)| run(line)).collect();
+        let read = libraries.iter().filter(|(_, own)| *own > 0).count();
+        assert!(
+            read >= 3,
+            "program, C library and extension: {libraries:#?}"
+        );
+        // Page tables of a mapping with a page of its own are copied, so there must be no more of these than need be.
+        assert!(libraries.iter().all(|(_, own)| *own <= 8), "{libraries:#?}");
+        let parted = all.windows(2).filter(|pair| {
+            let [one, next] = [&pair[0], &pair[1]].map(|(line, _)| {
+                let fields: Vec<_> = line.split_whitespace().collect();
+                let number = |text| usize::from_str_radix(text, 16).unwrap();
+                let (from, to) = fields[0].split_once('-').unwrap();
+                let (from, to) = (number(from), number(to));
+                (
+                    fields[1].to_owned(),
+                    from,
+                    to,
+                    number(fields[2]),
+                    fields.get(5).map(|s| s.to_string()),
+                )
+            });
+            one.0 == "r--p"
+                && next.0 == "r-xp"
+                && one.4 == next.4
+                && one.2 == next.1
+                && one.3 + one.2 - one.1 == next.3
+        });
+        assert_eq!(parted.count(), 0, "{all:#?}");
+        let function = Function::new(&pool, NUMBERS, &[]);
+        answer(&function.leaf(&pool.channel, true, None).await.unwrap()).await;
+    });
+}
+
 #[test]
 fn a_failing_import_is_named_with_its_line() {
     shim(async {

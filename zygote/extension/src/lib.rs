@@ -6,11 +6,13 @@
 mod arenas;
 mod confine;
 mod descend;
+mod files;
 mod filter;
 mod fork;
 mod http;
 mod immortal;
 mod leaf;
+mod maps;
 mod nursery;
 mod pages;
 mod python;

@@ -24,7 +24,7 @@ use crate::immortal::immortalize;
 use crate::leaf::{self, Birth};
 use crate::pages::{self, Memory};
 use crate::python::Runtime;
-use crate::{arenas, confine, descend, nursery};
+use crate::{arenas, confine, descend, files, nursery};
 
 /// A spare is replaced when nothing has been asked for this long: its fork would otherwise take the
 /// processor from the request that has just got the last one.
@@ -179,6 +179,10 @@ fn warm(
     // Half a line that an import has printed would be printed again by every leaf.
     runtime.flush(py);
     runtime.freeze(py).map_err(|e| refuse("", &e))?;
+    // Beside threads that were accepted a child may hang.
+    if !accepts_threads {
+        files::carry_over(py, runtime);
+    }
     nursery::begin(py);
     pages::collapse(fresh, &shared);
     eprintln!("sock: {immortal} objects are not counted any more");
