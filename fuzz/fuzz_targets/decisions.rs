@@ -121,7 +121,11 @@ fuzz_target!(|input: &[u8]| {
                 shim.now += Duration::from_millis(50) * u32::from(which);
                 shim.say(Input::Tick);
             }
-            14 => shim.say(if which & 1 == 0 { Input::Wanted } else { Input::Drain }),
+            14 => shim.say(if which & 1 == 0 {
+                Input::Wanted
+            } else {
+                Input::Drain
+            }),
             _ => {
                 let grace = Duration::from_secs(u64::from(which));
                 shim.say(Input::Stop(shim.now + grace));
