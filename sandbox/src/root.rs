@@ -11,7 +11,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Mount, Spec};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2, symlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, mkdirat, openat,
+    openat2, statx, symlinkat,
+};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::error::Step;
@@ -67,17 +70,21 @@ impl MountAttr {
     fn is_noop(self) -> bool {
         self == Self::default()
     }
-    fn add(&mut self, bit: u64) {
-        self.set |= bit;
-        self.clear &= !bit;
-    }
-    fn remove(&mut self, bit: u64) {
-        self.clear |= bit;
-        self.set &= !bit;
-    }
-    fn atime(&mut self, bit: u64) {
-        self.clear |= MOUNT_ATTR_ATIME;
-        self.set = (self.set & !MOUNT_ATTR_ATIME) | bit;
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Add(bit) => {
+                self.set |= bit;
+                self.clear &= !bit;
+            }
+            Change::Remove(bit) => {
+                self.clear |= bit;
+                self.set &= !bit;
+            }
+            Change::Atime(bit) => {
+                self.clear |= MOUNT_ATTR_ATIME;
+                self.set = (self.set & !MOUNT_ATTR_ATIME) | bit;
+            }
+        }
     }
 }
 
@@ -98,47 +105,102 @@ struct Options {
     copy_up: bool,
 }
 
+/// What an option asks of the flags of a mount.
+#[derive(Clone, Copy)]
+enum Change {
+    Add(u64),
+    Remove(u64),
+    Atime(u64),
+}
+
+/// Options that are flags of a mount; with an `r` before, of all mounts below it too (config.md of the OCI runtime specification).
+const ATTRIBUTES: [(&str, Change); 15] = [
+    ("ro", Change::Add(MOUNT_ATTR_RDONLY)),
+    ("rw", Change::Remove(MOUNT_ATTR_RDONLY)),
+    ("nosuid", Change::Add(MOUNT_ATTR_NOSUID)),
+    ("suid", Change::Remove(MOUNT_ATTR_NOSUID)),
+    ("nodev", Change::Add(MOUNT_ATTR_NODEV)),
+    ("dev", Change::Remove(MOUNT_ATTR_NODEV)),
+    ("noexec", Change::Add(MOUNT_ATTR_NOEXEC)),
+    ("exec", Change::Remove(MOUNT_ATTR_NOEXEC)),
+    ("nodiratime", Change::Add(MOUNT_ATTR_NODIRATIME)),
+    ("diratime", Change::Remove(MOUNT_ATTR_NODIRATIME)),
+    ("nosymfollow", Change::Add(MOUNT_ATTR_NOSYMFOLLOW)),
+    ("symfollow", Change::Remove(MOUNT_ATTR_NOSYMFOLLOW)),
+    ("relatime", Change::Atime(MOUNT_ATTR_RELATIME)),
+    ("noatime", Change::Atime(MOUNT_ATTR_NOATIME)),
+    ("strictatime", Change::Atime(MOUNT_ATTR_STRICTATIME)),
+];
+
+const PROPAGATIONS: [(&str, libc::c_ulong); 4] = [
+    ("private", libc::MS_PRIVATE),
+    ("slave", libc::MS_SLAVE),
+    ("shared", libc::MS_SHARED),
+    ("unbindable", libc::MS_UNBINDABLE),
+];
+
+/// Options that are flags of the file system, in mount(2).
+const SUPER_FLAGS: [(&str, libc::c_ulong); 4] = [
+    ("sync", libc::MS_SYNCHRONOUS),
+    ("dirsync", libc::MS_DIRSYNC),
+    ("mand", libc::MS_MANDLOCK),
+    ("silent", libc::MS_SILENT),
+];
+
+/// What is so anyway, or a matter of who calls.
+const WITHOUT_EFFECT: [&str; 9] = [
+    "defaults",
+    "async",
+    "atime",
+    "loud",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "idmap",
+    "ridmap",
+];
+
+/// All options that are understood, but for those of single file systems, as `features` of the OCI runtime specification has them.
+#[must_use]
+pub fn mount_options() -> Vec<String> {
+    let both = ATTRIBUTES.iter().map(|(name, _)| *name);
+    let both = both.chain(PROPAGATIONS.iter().map(|(name, _)| *name));
+    let recursive = both.clone().map(|name| format!("r{name}"));
+    let once = ["bind", "rbind", "tmpcopyup"].into_iter().chain(both);
+    let once = once.chain(SUPER_FLAGS.iter().map(|(name, _)| *name));
+    let once = once.chain(WITHOUT_EFFECT).map(str::to_owned);
+    let mut all: Vec<String> = once.chain(recursive).collect();
+    all.sort();
+    all
+}
+
+fn named<T: Copy>(table: &[(&str, T)], name: &str) -> Option<T> {
+    let found = table.iter().find(|(known, _)| *known == name);
+    found.map(|(_, value)| *value)
+}
+
 fn options(list: &[String]) -> Options {
     let mut out = Options::default();
     for option in list {
-        match option.as_str() {
-            // What mount(2) does anyway.
-            "defaults" | "" | "async" | "atime" | "diratime" | "symfollow" => {}
-            "bind" => out.bind = true,
-            "rbind" => (out.bind, out.recursive_bind) = (true, true),
-            "ro" => out.attr.add(MOUNT_ATTR_RDONLY),
-            "rw" => out.attr.remove(MOUNT_ATTR_RDONLY),
-            "nosuid" => out.attr.add(MOUNT_ATTR_NOSUID),
-            "suid" => out.attr.remove(MOUNT_ATTR_NOSUID),
-            "nodev" => out.attr.add(MOUNT_ATTR_NODEV),
-            "dev" => out.attr.remove(MOUNT_ATTR_NODEV),
-            "noexec" => out.attr.add(MOUNT_ATTR_NOEXEC),
-            "exec" => out.attr.remove(MOUNT_ATTR_NOEXEC),
-            "relatime" => out.attr.atime(MOUNT_ATTR_RELATIME),
-            "noatime" => out.attr.atime(MOUNT_ATTR_NOATIME),
-            "strictatime" => out.attr.atime(MOUNT_ATTR_STRICTATIME),
-            "nodiratime" => out.attr.add(MOUNT_ATTR_NODIRATIME),
-            "nosymfollow" => out.attr.add(MOUNT_ATTR_NOSYMFOLLOW),
-            "rro" => out.recursive_attr.add(MOUNT_ATTR_RDONLY),
-            "rnosuid" => out.recursive_attr.add(MOUNT_ATTR_NOSUID),
-            "rnodev" => out.recursive_attr.add(MOUNT_ATTR_NODEV),
-            "rnoexec" => out.recursive_attr.add(MOUNT_ATTR_NOEXEC),
-            "private" => out.propagation = Some((libc::MS_PRIVATE, false)),
-            "rprivate" => out.propagation = Some((libc::MS_PRIVATE, true)),
-            "slave" => out.propagation = Some((libc::MS_SLAVE, false)),
-            "rslave" => out.propagation = Some((libc::MS_SLAVE, true)),
-            "shared" => out.propagation = Some((libc::MS_SHARED, false)),
-            "rshared" => out.propagation = Some((libc::MS_SHARED, true)),
-            "unbindable" => out.propagation = Some((libc::MS_UNBINDABLE, false)),
-            "runbindable" => out.propagation = Some((libc::MS_UNBINDABLE, true)),
-            "sync" => out.super_flags |= libc::MS_SYNCHRONOUS,
-            "dirsync" => out.super_flags |= libc::MS_DIRSYNC,
-            "mand" => out.super_flags |= libc::MS_MANDLOCK,
-            "silent" => out.super_flags |= libc::MS_SILENT,
-            "tmpcopyup" => out.copy_up = true,
-            // A user namespace's identity mapping of mounts is the caller's affair.
-            "idmap" | "ridmap" => {}
-            other => out.data.push(other.to_string()),
+        let below = option.strip_prefix('r').unwrap_or_default();
+        if let Some(change) = named(&ATTRIBUTES, option) {
+            out.attr.change(change);
+        } else if let Some(change) = named(&ATTRIBUTES, below) {
+            out.recursive_attr.change(change);
+        } else if let Some(kind) = named(&PROPAGATIONS, option) {
+            out.propagation = Some((kind, false));
+        } else if let Some(kind) = named(&PROPAGATIONS, below) {
+            out.propagation = Some((kind, true));
+        } else if let Some(flag) = named(&SUPER_FLAGS, option) {
+            out.super_flags |= flag;
+        } else {
+            match option.as_str() {
+                "bind" => out.bind = true,
+                "rbind" => (out.bind, out.recursive_bind) = (true, true),
+                "tmpcopyup" => out.copy_up = true,
+                other if other.is_empty() || WITHOUT_EFFECT.contains(&other) => {}
+                other => out.data.push(other.to_string()),
+            }
         }
     }
     out
@@ -668,6 +730,10 @@ pub(crate) fn enter(
         _ => libc::MS_SLAVE | libc::MS_REC,
     };
     remount(Path::new("/"), propagation)?;
+    if let (libc::MS_SHARED, Root::Mounts { target, .. }) = (propagation & !libc::MS_REC, root) {
+        // What is mounted below a mount that is shared would be mounted on the host too, and cannot become a root.
+        remount(mount_of(target), libc::MS_PRIVATE)?;
+    }
     let (target, mounts) = match root {
         Root::Empty => {
             let at = Path::new("/tmp");
@@ -803,6 +869,16 @@ pub(crate) fn enter(
     Ok(())
 }
 
+/// The mount that a path lies on.
+fn mount_of(path: &Path) -> &Path {
+    let is_mount = |path: &&Path| {
+        let flags = StatxFlags::empty();
+        statx(CWD, *path, AtFlags::empty(), flags)
+            .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+    };
+    path.ancestors().find(is_mount).unwrap_or(Path::new("/"))
+}
+
 fn attach_root(tree: &OwnedFd, target: &Path) -> Result<()> {
     move_mount(
         tree,
@@ -816,9 +892,14 @@ fn attach_root(tree: &OwnedFd, target: &Path) -> Result<()> {
 
 /// Makes `target` the root and lets the old one go (pivot_root(2), "pivot_root(".", ".")").
 fn pivot(target: &Path) -> Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let old = rustix::fs::open("/", flags, Mode::empty()).at("open", "/")?;
     rustix::process::chdir(target).at("enter", target)?;
     rustix::process::pivot_root(".", ".").at("pivot to", target)?;
-    // The old root lies over the new one now; it must not carry its unmounts to the host.
+    // The old root lies over the new one now; it must not carry its unmounts to the host. The working directory is below it
+    // still, as mount(2) sees it, though not as umount(2) does.
+    rustix::process::fchdir(&old).at("enter", "old root")?;
+    drop(old);
     remount(Path::new("."), libc::MS_SLAVE | libc::MS_REC)?;
     rustix::mount::unmount(".", rustix::mount::UnmountFlags::DETACH).at("detach", "old root")?;
     rustix::process::chdir("/").at("enter", "/")
@@ -860,6 +941,32 @@ mod tests {
                 ..MountAttr::default()
             }
         );
+    }
+
+    #[test]
+    fn every_option_that_is_told_of_is_understood() {
+        let all = mount_options();
+        assert_eq!(options(&all).data, [""; 0]);
+        for name in [
+            "rro",
+            "rrw",
+            "rnosuid",
+            "rstrictatime",
+            "rbind",
+            "rslave",
+            "sync",
+            "idmap",
+        ] {
+            assert!(all.iter().any(|known| known == name), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_r_before_it_is_for_all_mounts_below() {
+        let o = opts(&["rro", "rnoexec", "rrw", "nodev"]);
+        assert_eq!(o.recursive_attr.set, MOUNT_ATTR_NOEXEC);
+        assert_eq!(o.recursive_attr.clear, MOUNT_ATTR_RDONLY);
+        assert_eq!(o.attr.set, MOUNT_ATTR_NODEV);
     }
 
     /// An image in a directory, and beside it what it must not reach.
@@ -939,7 +1046,7 @@ mod tests {
             let o = options(&list);
             prop_assert_eq!(o.attr.set & o.attr.clear & !MOUNT_ATTR_ATIME, 0);
             prop_assert!(o.data.iter().all(|d| list.contains(d)));
-            prop_assert!(o.recursive_attr.clear == 0 && (o.bind || !o.recursive_bind));
+            prop_assert!(o.bind || !o.recursive_bind);
         }
 
         #[test]

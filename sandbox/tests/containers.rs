@@ -37,6 +37,14 @@ fn main() {
         ),
         ("paths_are_masked_and_read_only", paths_are_masked),
         ("a_link_of_the_image_leads_no_mount_out", links_stay_inside),
+        (
+            "a_root_whose_mounts_are_shared_is_not_mounted_outside",
+            shared_root,
+        ),
+        (
+            "a_recursive_read_only_mount_is_so_to_the_last",
+            recursive_read_only,
+        ),
         ("a_profile_forbids_a_system_call", profile_forbids),
         (
             "a_label_is_not_written_to_what_an_image_has_at_proc",
@@ -298,6 +306,97 @@ fn links_stay_inside() {
             .unwrap()
             .contains(&*outside.path().to_string_lossy())
     );
+}
+
+/// A tmpfs of the host's that is shared, until the end.
+struct Shared(PathBuf);
+
+impl Shared {
+    fn new(at: &Path) -> Shared {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        mount("tmpfs", at, "tmpfs", MountFlags::empty(), None).unwrap();
+        mount_change(at, MountPropagationFlags::SHARED).unwrap();
+        Shared(at.into())
+    }
+
+    fn mounts_below(&self) -> usize {
+        let below = format!("{}/", self.0.display());
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+        points.filter(|point| point.starts_with(&below)).count()
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+fn shared_root() {
+    let image = Image::new();
+    let place = tempfile::tempdir().unwrap();
+    let host = Shared::new(place.path());
+    let (target, volume) = (place.path().join("rootfs"), place.path().join("volume"));
+    for directory in [&target, &volume] {
+        fs::create_dir(directory).unwrap();
+    }
+    let volume = Shared::new(&volume);
+    let before = host.mounts_below();
+    fs::create_dir(volume.0.join("inner")).unwrap();
+    let mut wanted = spec("mount -t tmpfs inner /data/inner && touch /data/inner/seen && cat");
+    wanted["linux"]["rootfsPropagation"] = json!("rshared");
+    for kind in ["bounding", "effective", "permitted"] {
+        wanted["process"]["capabilities"][kind] = json!(["CAP_SYS_ADMIN"]);
+    }
+    wanted["mounts"].as_array_mut().unwrap().push(json!({"destination": "/data", "type": "bind", "source": volume.0, "options": ["rbind", "rshared"]}));
+    let wanted = parsed(&wanted);
+    let bind = RootMount {
+        kind: "bind".into(),
+        source: image.0.path().to_string_lossy().into(),
+        options: vec!["rbind".into()],
+    };
+    let root = Root::Mounts {
+        target,
+        mounts: vec![bind],
+    };
+    let (stdin, writer) = pipe();
+    let (mut reader, stdout) = pipe();
+    let mut plan = plan(&wanted, root, Program::Specified);
+    plan.stdio.stdin = Some(stdin.into());
+    plan.stdio.stderr = Some(stdout);
+    let child = launch(plan).unwrap();
+    go(&child).unwrap();
+    let until = Instant::now() + Duration::from_secs(10);
+    while !volume.0.join("inner/seen").exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let below = host.mounts_below();
+    drop(writer);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!((wait(child.pid), text.as_str()), (0, ""));
+    assert_eq!(
+        below,
+        before + 1,
+        "the container's own mount, and not its root"
+    );
+    rustix::mount::unmount(volume.0.join("inner"), rustix::mount::UnmountFlags::DETACH).unwrap();
+}
+
+fn recursive_read_only() {
+    let image = Image::new();
+    let place = tempfile::tempdir().unwrap();
+    let volume = Shared::new(place.path());
+    fs::create_dir(volume.0.join("inner")).unwrap();
+    let _inner = Shared::new(&volume.0.join("inner"));
+    for (option, refused) in [("ro", 1), ("rro", 2)] {
+        let mut wanted = spec("touch /data/a /data/inner/b 2>&1; true");
+        wanted["mounts"].as_array_mut().unwrap().push(json!({"destination": "/data", "type": "bind", "source": volume.0, "options": ["rbind", "rprivate", option]}));
+        let (status, text) = run(&image, &wanted);
+        let count = text.matches("Read-only file system").count();
+        assert_eq!((status, count), (0, refused), "{option}: {text}");
+    }
 }
 
 fn profile_forbids() {
