@@ -56,6 +56,7 @@ guest: rust ## the sandbox's integration tests in a guest with cgroup v2
 test-images: cluster
 	e2e/images/build target/archives/tests old-python
 	e2e/cluster/load target/archives/tests/*.tar
+	e2e/images/build target/archives/cri critest
 
 # Tests on the cluster wait more than they compute, but more at once only make each other late.
 # Those that look at whole nodes come last, one after the other.
@@ -63,7 +64,7 @@ e2e: install test-images ## end-to-end tests on the cluster
 	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan && \
-	for alone in soak faults nodes deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+	for alone in soak faults nodes cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
 
 e2e-faults: install ## every fault once, as tests; a part of e2e
 	cargo build --locked -p sock-bench && RUST_BACKTRACE=0 cargo test --locked -p sock-e2e --test faults -- --test-threads 1

@@ -8,6 +8,7 @@ pub mod container;
 pub mod crash;
 pub mod devices;
 pub mod events;
+pub mod features;
 pub mod home;
 pub mod locks;
 pub mod log;

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use containerd_shim::asynchronous::publisher::RemotePublisher;
 use containerd_shim::asynchronous::{ExitSignal, Shim, spawn};
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
+use containerd_shim::protos::types::introspection::RuntimeInfo;
 use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
 
@@ -134,6 +136,10 @@ impl Shim for Service {
 
     async fn wait(&mut self) {
         self.exit.wait().await;
+    }
+
+    fn runtime_info(runtime_id: &str, _options: Option<&Any>) -> Result<RuntimeInfo, Error> {
+        crate::features::runtime_info(runtime_id).map_err(|e| Error::Other(e.to_string()))
     }
 
     async fn create_task_service(&self, _publisher: RemotePublisher) -> TaskService {
