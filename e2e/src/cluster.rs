@@ -145,3 +145,20 @@ pub fn apply(objects: &[Value]) -> Result<()> {
     kubectl_with(&["apply", "-f", "-"], &list.to_string())?;
     Ok(())
 }
+
+/// Whether an event in a namespace about `object`, which is `KIND/NAME`, has all these words in its reason and message.
+///
+/// # Errors
+/// `kubectl` fails.
+pub fn has_event(namespace: &str, object: &str, words: &[&str]) -> Result<bool> {
+    let (kind, name) = object.split_once('/').context("KIND/NAME")?;
+    let selector = format!("--field-selector=involvedObject.name={name}");
+    let events = get(&["events", "--namespace", namespace, &selector])?;
+    let mut events = events["items"].as_array().context("events")?.iter();
+    Ok(events.any(|event| {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let said = format!("{} {}", text(&event["reason"]), text(&event["message"]));
+        let of = text(&event["involvedObject"]["kind"]);
+        of.eq_ignore_ascii_case(kind) && words.iter().all(|word| said.contains(word))
+    }))
+}

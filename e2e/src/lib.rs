@@ -11,7 +11,7 @@ mod node;
 mod wait;
 
 pub use client::{Answer, Client, Load};
-pub use cluster::{apply, built, get, kubectl, kubectl_with, program};
+pub use cluster::{apply, built, get, has_event, kubectl, kubectl_with, program};
 pub use inventory::{Inventory, inventory, inventory_of_quiet, until_as_before, until_as_much};
 pub use namespace::{Namespace, Security, in_namespace, in_namespace_of};
 pub use node::{Node, Process, is_of_pod, workers};

@@ -3,7 +3,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use sock_e2e::{Client, MINUTE, Namespace, in_namespace, manifest, until, workers};
+use sock_e2e::{Client, MINUTE, Namespace, has_event, in_namespace, manifest, until, workers};
 
 const PASS: &str = "def handler(event, context): pass\n";
 const HASH: &str = "--hash=sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -199,24 +199,10 @@ fn told(namespace: &Namespace, object: &str, condition: &str, words: &[&str]) ->
     if condition != "Ready" {
         return Ok(());
     }
-    let (kind, name) = object.split_once('/').context("KIND/NAME")?;
-    let selector = format!("--field-selector=involvedObject.name={name}");
     until(
         &format!("an event of {object} says {words:?}"),
         MINUTE,
-        || {
-            let events = namespace.get(&["events", &selector])?;
-            let told = events["items"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .any(|event| {
-                    let of = event["involvedObject"]["kind"].as_str().unwrap_or_default();
-                    let message = event["message"].as_str().unwrap_or_default();
-                    of.eq_ignore_ascii_case(kind) && words.iter().all(|word| message.contains(word))
-                });
-            Ok(told.then_some(()))
-        },
+        || Ok(has_event(&namespace.name, object, words)?.then_some(())),
     )
 }
 

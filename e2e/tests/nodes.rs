@@ -3,7 +3,9 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use sock_e2e::{Client, MINUTE, Node, get, in_namespace, kubectl, manifest, until, workers};
+use sock_e2e::{
+    Client, MINUTE, Node, get, has_event, in_namespace, kubectl, manifest, until, workers,
+};
 
 const CONFIG: &str = "/etc/containerd/config.toml";
 
@@ -69,23 +71,10 @@ fn a_node_that_gets_unfit_says_why_and_heals() {
         let broken = Broken::new(&node)?;
         look_again(&node)?;
         until_labelled(&node, "unfit")?;
-        let of_node = format!(
-            "--field-selector=involvedObject.kind=Node,involvedObject.name={}",
-            node.name
-        );
         until("an event of the node says what to mend", MINUTE, || {
-            let events = get(&["events", "--namespace=default", &of_node])?;
-            let told = events["items"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .any(|event| {
-                    let message = event["message"].as_str().unwrap_or_default();
-                    event["reason"] == "SockRuntimeNotConfigured"
-                        && message.contains(CONFIG)
-                        && message.contains("is not TOML")
-                });
-            Ok(told.then_some(()))
+            let words = ["SockRuntimeNotConfigured", CONFIG, "is not TOML"];
+            let object = format!("node/{}", node.name);
+            Ok(has_event("default", &object, &words)?.then_some(()))
         })?;
         let message = namespace.message_of("packageset/plain", "Ready", "False", MINUTE)?;
         ensure!(message.contains("no node"), "{message}");

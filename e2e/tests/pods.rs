@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
-    MINUTE, Node, Security, get, in_namespace, in_namespace_of, manifest, program, until,
+    MINUTE, Node, Security, get, has_event, in_namespace, in_namespace_of, manifest, program, until,
 };
 
 /// Ends with the code in `/tmp/end`, when there is one.
@@ -49,6 +49,22 @@ fn a_busybox_pod_has_logs_and_exec_and_its_exit_code() {
             "{state}"
         );
         ensure!(ended["status"]["containerStatuses"][0]["restartCount"] == 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pod_that_wants_a_user_namespace_is_told_that_there_is_none() {
+    in_namespace("hostusers", |namespace| {
+        let mut pod = manifest::busybox("box", &[("main", UNTIL_TOLD)]);
+        pod["spec"]["hostUsers"] = json!(false);
+        namespace.apply(&[pod])?;
+        let words = ["\"sock\" does not support user namespaces"];
+        until("the pod's events say so", MINUTE, || {
+            Ok(has_event(&namespace.name, "pod/box", &words)?.then_some(()))
+        })?;
+        let pod = namespace.get(&["pod", "box"])?;
+        ensure!(pod["status"]["phase"] == "Pending", "{pod}");
         Ok(())
     });
 }
