@@ -132,6 +132,7 @@ impl Stage {
             let found = self.look(&Renewal::default());
             if let Ok(pods) = &found
                 && self.is_clean(pods)
+                && operator_is_there()
             {
                 return found;
             }
@@ -361,6 +362,11 @@ fn pods(namespace: &str, selector: Option<&str>) -> Result<Vec<Pod>> {
 /// If the API server does not answer.
 pub fn operators() -> Result<Vec<Pod>> {
     pods(OPERATOR.0, Some(OPERATOR.1))
+}
+
+/// Its pod is made anew between rounds: kubelet would wait longer and longer for a container that is killed again and again.
+fn operator_is_there() -> bool {
+    operators().is_ok_and(|all| !all.is_empty() && all.iter().all(|pod| pod.ready))
 }
 
 /// Whether the operator has seen the last change of [`PROBE`].
