@@ -55,6 +55,10 @@ fn main() {
         ("a_terminal_is_the_containers_own", terminal),
         ("a_cgroup_limits_freezes_and_kills", cgroup),
         (
+            "a_cgroup_that_others_have_removed_in_part_can_be_entered",
+            removed_in_part,
+        ),
+        (
             "a_suspended_process_does_not_run_and_can_be_killed",
             suspended,
         ),
@@ -598,6 +602,32 @@ fn cgroup() {
 }
 
 /// With children that come and go, as a handler may have them.
+/// As systemd does on version 1, where a scope is in hierarchies that it does not manage.
+fn removed_in_part() {
+    let image = Image::new();
+    let spec = parsed(&spec("while :; do :; done"));
+    let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+    let cgroup = TestCgroup::new("part", child.pid, &json!({}));
+    go(&child).unwrap();
+    let leaf = cgroup.0.leaf("leaf-0").unwrap();
+    let entrances = leaf.entrances().unwrap();
+    assert!(leaf.are_current(&entrances));
+    let other = ["devices", "perf_event", "cpuset", "blkio", "cpu"];
+    let other = other.iter().find_map(|name| cgroup.0.controller(name));
+    if let (false, Some(directory)) = (cgroup.0.unified(), other) {
+        let parent = directory.parent().unwrap();
+        fs::write(parent.join("cgroup.procs"), child.pid.to_string()).unwrap();
+        fs::remove_dir(directory).unwrap();
+        assert!(!leaf.are_current(&entrances));
+        let anew = leaf.entrances().unwrap();
+        assert_eq!(anew.len(), entrances.len());
+        assert!(leaf.are_current(&anew));
+    }
+    leaf.remove_leaf("leaf-0").unwrap();
+    kill(child.pid, libc::SIGKILL);
+    assert_eq!(wait(child.pid), 137);
+}
+
 fn suspended() {
     let image = Image::new();
     let spec = parsed(&spec("while :; do /bin/true; done"));

@@ -479,7 +479,7 @@ impl Cgroup {
         self.directories
             .iter()
             .map(|(_, directory)| {
-                let path = self.entrance(directory);
+                let path = self.entrance_there(directory);
                 fs::OpenOptions::new()
                     .write(true)
                     .open(&path)
@@ -487,6 +487,30 @@ impl Cgroup {
                     .map(OwnedFd::from)
             })
             .collect()
+    }
+
+    /// Whether what [`Cgroup::entrances`] gave out still leads in.
+    #[must_use]
+    pub fn are_current(&self, entrances: &[OwnedFd]) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let paths = self.directories.iter();
+        let paths = paths.map(|(_, directory)| self.entrance_there(directory));
+        paths.zip(entrances).all(|(path, entrance)| {
+            let there = fs::metadata(path);
+            let opened = rustix::fs::fstat(entrance);
+            matches!((there, opened), (Ok(there), Ok(opened)) if there.ino() == opened.st_ino && there.dev() == opened.st_dev)
+        })
+    }
+
+    /// The entrance, or that of the next directory above that exists. On version 1 systemd takes a scope out of hierarchies whose
+    /// controller it does not want for it, for instance when it is told to read its units again: processes are moved to where
+    /// its slice is, and the directory is removed (`cg_migrate_v1_controllers`, src/shared/cgroup-setup.c).
+    fn entrance_there(&self, directory: &Path) -> PathBuf {
+        let paths = directory.ancestors().map(|above| self.entrance(above));
+        let mut paths = paths.take_while(|path| path.starts_with("/sys/fs/cgroup"));
+        paths
+            .find(|path| path.exists())
+            .unwrap_or_else(|| self.entrance(directory))
     }
 
     /// Sets limits again (`Update`).

@@ -100,6 +100,19 @@ impl BelowContainer {
 impl LeafCgroups for BelowContainer {
     fn make(&self, name: &str) -> Result<Rc<dyn LeafCgroup>> {
         let kept = self.kept.borrow_mut().pop();
+        // Others than the shim remove cgroups too: a leaf would not get into one that is gone.
+        let (kept, stale): (Option<_>, Option<_>) = match kept {
+            Some(place) if place.cgroup.are_current(&place.entrances) => (Some(place), None),
+            stale => (None, stale),
+        };
+        if let Some(place) = stale {
+            let removed = place.cgroup.remove_leaf(&place.name);
+            tracing::warn!(
+                place = place.name,
+                ?removed,
+                "a cgroup of leaves is gone in part, and made anew"
+            );
+        }
         let place = match kept {
             Some(place) => place,
             None => {
