@@ -12,7 +12,7 @@ use sock_e2e::{MINUTE, Namespace, Node, Security, get, in_namespace_of, program,
 /// Where all of it lies on a node.
 const PLACE: &str = "/var/lib/sock-cri";
 const REGISTRY: &str = include_str!("../src/registry.py");
-const PORT: &str = "5000";
+const PORT: u16 = 5000;
 /// Specs that need what sock does not have, and that critest therefore skips.
 const NOT_HAD: [&str; 1] = ["UserNamespaces"];
 /// Fewer would mean that critest does not run.
@@ -36,13 +36,18 @@ impl<'a> Prepared<'a> {
         let script = r#"
             mkdir -p "$1/layout" /etc/containerd/certs.d/_default
             printf 'server = "http://127.0.0.1:%s"\n' "$2" >/etc/containerd/certs.d/_default/hosts.toml"#;
-        node.shell(script, &[PLACE, PORT])?;
+        let port = PORT.to_string();
+        node.shell(script, &[PLACE, &port])?;
         prepared.send(
             "../target/archives/cri/critest.tar",
             &format!("tar -C {PLACE}/layout -xf -"),
         )?;
         let path = program("sh", &["-c", "command -v critest"])?.output()?;
         let path = String::from_utf8(path.stdout)?;
+        ensure!(
+            !path.is_empty(),
+            "critest is missing: `make cluster` builds it"
+        );
         prepared.send(
             path.trim(),
             &format!("cat >{PLACE}/critest && chmod 755 {PLACE}/critest"),
@@ -53,8 +58,8 @@ impl<'a> Prepared<'a> {
                 "nodeName": node.name, "hostNetwork": true, "terminationGracePeriodSeconds": 0,
                 "containers": [{
                     "name": "registry", "image": "docker.io/library/python:3.13-slim-trixie", "imagePullPolicy": "Never",
-                    "command": ["python3", "-c", REGISTRY, PORT, "/layout"],
-                    "readinessProbe": {"httpGet": {"host": "127.0.0.1", "port": 5000, "path": "/v2/"}, "periodSeconds": 1},
+                    "command": ["python3", "-c", REGISTRY, port, "/layout"],
+                    "readinessProbe": {"httpGet": {"host": "127.0.0.1", "port": PORT, "path": "/v2/"}, "periodSeconds": 1},
                     "volumeMounts": [{"name": "layout", "mountPath": "/layout", "readOnly": true}],
                 }],
                 "volumes": [{"name": "layout", "hostPath": {"path": format!("{PLACE}/layout")}}],

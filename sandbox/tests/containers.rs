@@ -601,7 +601,6 @@ fn cgroup() {
     assert!(!directory.exists(), "the cgroup is left");
 }
 
-/// With children that come and go, as a handler may have them.
 /// As systemd does on version 1, where a scope is in hierarchies that it does not manage.
 fn removed_in_part() {
     let image = Image::new();
@@ -628,6 +627,7 @@ fn removed_in_part() {
     assert_eq!(wait(child.pid), 137);
 }
 
+/// With children that come and go, as a handler may have them.
 fn suspended() {
     let image = Image::new();
     let spec = parsed(&spec("while :; do /bin/true; done"));

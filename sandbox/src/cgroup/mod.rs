@@ -479,7 +479,7 @@ impl Cgroup {
         self.directories
             .iter()
             .map(|(_, directory)| {
-                let path = self.entrance_there(directory);
+                let (path, _) = self.entrance_there(directory);
                 fs::OpenOptions::new()
                     .write(true)
                     .open(&path)
@@ -493,24 +493,26 @@ impl Cgroup {
     #[must_use]
     pub fn are_current(&self, entrances: &[OwnedFd]) -> bool {
         use std::os::unix::fs::MetadataExt as _;
-        let paths = self.directories.iter();
-        let paths = paths.map(|(_, directory)| self.entrance_there(directory));
-        paths.zip(entrances).all(|(path, entrance)| {
-            let there = fs::metadata(path);
+        let there = self.directories.iter();
+        let there = there.map(|(_, directory)| self.entrance_there(directory).1);
+        there.zip(entrances).all(|(there, entrance)| {
             let opened = rustix::fs::fstat(entrance);
-            matches!((there, opened), (Ok(there), Ok(opened)) if there.ino() == opened.st_ino && there.dev() == opened.st_dev)
+            matches!((there, opened), (Some(there), Ok(opened)) if there.ino() == opened.st_ino && there.dev() == opened.st_dev)
         })
     }
 
-    /// The entrance, or that of the next directory above that exists. On version 1 systemd takes a scope out of hierarchies whose
+    /// The entrance, or that of the next directory above that exists, and what it is, unless there is none. On version 1 systemd takes a scope out of hierarchies whose
     /// controller it does not want for it, for instance when it is told to read its units again: processes are moved to where
     /// its slice is, and the directory is removed (`cg_migrate_v1_controllers`, src/shared/cgroup-setup.c).
-    fn entrance_there(&self, directory: &Path) -> PathBuf {
+    fn entrance_there(&self, directory: &Path) -> (PathBuf, Option<fs::Metadata>) {
         let paths = directory.ancestors().map(|above| self.entrance(above));
         let mut paths = paths.take_while(|path| path.starts_with("/sys/fs/cgroup"));
         paths
-            .find(|path| path.exists())
-            .unwrap_or_else(|| self.entrance(directory))
+            .find_map(|path| {
+                let there = fs::metadata(&path).ok()?;
+                Some((path, Some(there)))
+            })
+            .unwrap_or_else(|| (self.entrance(directory), None))
     }
 
     /// Sets limits again (`Update`).
