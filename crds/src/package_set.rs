@@ -189,7 +189,7 @@ pub struct PackageSetStatus {
     /// The `metadata.generation` that this status speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `Installed`, `RequirementsFound`, and `ParentReady` where it extends another.
+    /// `Ready`, `Installed`, `RequirementsFound`, `RolledOut`, and `ParentReady` where it extends another.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "conditions")]
     pub conditions: Vec<Condition>,

@@ -26,10 +26,15 @@ struct Loaded<'a> {
 
 impl Loaded<'_> {
     fn new<'a>(namespace: &'a Namespace, code: &str) -> Result<Loaded<'a>> {
+        Self::with(namespace, code, &json!({}))
+    }
+
+    fn with<'a>(namespace: &'a Namespace, code: &str, spec: &Value) -> Result<Loaded<'a>> {
         let mut nodes = workers()?.into_iter();
         let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
         let idle = json!({"idle": {"freezeAfterMs": 100, "endAfterMs": 300}});
         let function = manifest::with(manifest::function("busy", "plain", code), &idle);
+        let function = manifest::with(function, spec);
         namespace.serve("busy", &[set(&node, &["json"]), function])?;
         let mut client = Client::on(&other)?;
         let service = namespace.routed("busy", &other)?;
@@ -176,6 +181,58 @@ fn new_packages_take_over_when_they_are_warm_and_not_before() {
         for pod in loaded.until_ready(3)? {
             all_are_warm(&mut loaded, &pod)?;
         }
+        loaded.nothing_lost()
+    });
+}
+
+/// Refuses to answer where no zygote has forked it.
+const FORKED: &str = "
+import os
+import sys
+
+def handler(event, context):
+    if os.getpid() != 1:
+        raise RuntimeError('a plain interpreter')
+    return 'new' if 'decimal' in sys.modules else 'former'
+";
+
+#[test]
+fn a_former_zygote_forks_until_the_last_pod_that_runs_on_it_is_gone() {
+    in_namespace("former", |namespace| {
+        let fresh = json!({"reuse": "Never", "replicas": 3});
+        let mut loaded = Loaded::with(namespace, FORKED, &fresh)?;
+        loaded.until_ready(3)?;
+        loaded.go_on()?;
+        let former = loaded.pool()?;
+        namespace.apply(&[set(&loaded.node, &["json", "decimal"])])?;
+        // Pods of both versions serve beside each other, and each request is a fork.
+        let message = namespace.message_of("packageset/plain", "RolledOut", "False", MINUTE)?;
+        ensure!(message.contains("former version"), "{message}");
+        until("one pool is left", 3 * MINUTE, || {
+            let pools = namespace.pods("sock.dev/pool=plain")?;
+            let is_former = pools
+                .iter()
+                .any(|pod| pod["metadata"]["uid"] == former["metadata"]["uid"]);
+            let pods = namespace.pods("sock.dev/function=busy")?;
+            let digest = |pod: &Value| pod["metadata"]["annotations"]["sock.dev/digest"].clone();
+            let remain = pods.iter().any(|pod| digest(pod) == digest(&former));
+            ensure!(
+                is_former || !remain,
+                "pods still run on a version whose pool has gone"
+            );
+            Ok((!is_former && pools.len() == 1).then_some(()))
+        })?;
+        namespace.wait_for("packageset/plain", "RolledOut", MINUTE)?;
+        for pod in loaded.until_ready(3)? {
+            let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+            let answer = loaded.client.get(address, 8080, "/")?;
+            ensure!(answer.text()? == "new", "{answer:?}");
+        }
+        let pools = namespace.get(&["daemonsets", "--selector=sock.dev/pool=plain"])?;
+        ensure!(
+            pools["items"].as_array().is_some_and(|all| all.len() == 1),
+            "{pools}"
+        );
         loaded.nothing_lost()
     });
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
-use kube::core::NamespaceResourceScope;
+use kube::core::{NamespaceResourceScope, PartialObjectMeta};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt as _};
 use serde::Serialize;
@@ -261,6 +261,28 @@ impl Context {
             .items)
     }
 
+    /// The metadata of the objects with a label.
+    pub async fn list_metadata<K>(
+        &self,
+        namespace: &str,
+        label: &str,
+        value: &str,
+    ) -> Result<Vec<PartialObjectMeta<K>>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + Debug,
+    {
+        let selector = ListParams::default().labels(&format!("{label}={value}"));
+        Ok(self
+            .api::<K>(namespace)
+            .list_metadata(&selector)
+            .await
+            .map_err(at::<K>("list", value))?
+            .items)
+    }
+
     /// The UID of a namespace; none if it is going away.
     pub async fn namespace_uid(&self, name: &str) -> Result<Option<String>, Error> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
@@ -343,12 +365,7 @@ impl Context {
             + Debug,
     {
         let api = self.api::<K>(namespace);
-        let selector = ListParams::default().labels(&format!("{label}={value}"));
-        for object in api
-            .list_metadata(&selector)
-            .await
-            .map_err(at::<K>("list", value))?
-        {
+        for object in self.list_metadata::<K>(namespace, label, value).await? {
             let name = object.metadata.name.clone().unwrap_or_default();
             if is_child(&object.metadata, Some(owner)) && !needed(&name) {
                 let parameters = DeleteParams {

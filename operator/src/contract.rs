@@ -27,6 +27,9 @@ pub const FUNCTION_LABEL: &str = "sock.dev/function";
 /// Label of a PackageSet's pods and of what else belongs to it; its value is the PackageSet's name.
 pub const POOL_LABEL: &str = "sock.dev/pool";
 
+/// Label of a pool and of its pods; its value is the first digits of the version's digest.
+pub const VERSION_LABEL: &str = "sock.dev/version";
+
 /// Where a Function's code lies in its container.
 pub const CODE_DIRECTORY: &str = "/srv/function";
 

@@ -123,6 +123,33 @@ impl<K: Reconciled> Watches<K> {
         })
     }
 
+    /// Watches for the end of what a manager has made, for those of the namespace that it concerns.
+    #[must_use]
+    pub fn goes<C>(mut self, manager: &str, concerns: fn(&K) -> bool) -> Self
+    where
+        C: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    {
+        let config =
+            watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={manager}"));
+        let store = self.store.clone();
+        let queue = events::<C>(&self.context, config).flat_map(move |event| {
+            let concerned = |namespace: Option<String>| {
+                let state = store.state();
+                let concerned = state.iter().filter(|one| {
+                    (namespace.is_none() || one.namespace() == namespace) && concerns(one)
+                });
+                concerned.map(|one| ObjectRef::from_obj(&**one)).collect()
+            };
+            stream::iter(match event {
+                Event::Init | Event::InitApply(_) | Event::Apply(_) => Vec::new(),
+                Event::InitDone => concerned(None),
+                Event::Delete(object) => concerned(object.namespace()),
+            })
+        });
+        self.queue.push(queue.boxed());
+        self
+    }
+
     /// Watches others of its kind: those that it names, and those that name it.
     #[must_use]
     pub fn names_its_kind(self, named: fn(&K) -> Option<&str>) -> Self {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodSpec};
 use kube::ResourceExt as _;
 use sock_crds::NodeFailure;
 
@@ -50,9 +50,14 @@ pub fn is_ready(pod: &Pod) -> bool {
 pub fn mounted(pods: &[Pod]) -> BTreeSet<String> {
     pods.iter()
         .filter_map(|pod| pod.spec.as_ref())
-        .flat_map(|spec| spec.volumes.iter().flatten())
-        .filter_map(|volume| Some(volume.config_map.as_ref()?.name.clone()))
+        .flat_map(config_maps)
         .collect()
+}
+
+/// The ConfigMaps that a pod mounts.
+pub fn config_maps(spec: &PodSpec) -> impl Iterator<Item = String> + use<'_> {
+    let volumes = spec.volumes.iter().flatten();
+    volumes.filter_map(|volume| Some(volume.config_map.as_ref()?.name.clone()))
 }
 
 /// Why this pod does not run; none if it does, or if nothing speaks against it yet.

@@ -9,7 +9,7 @@ use super::build::Children;
 use super::dereference::Found;
 use crate::cluster::{Context, Error};
 use crate::contract::POOL_LABEL;
-use crate::pods::mounted;
+use crate::pods::{config_maps, mounted};
 
 /// Applies it all and returns the DaemonSet, if that is another now.
 pub async fn apply(
@@ -23,6 +23,12 @@ pub async fn apply(
     let pool = context.apply(&owner, &children.pool).await?;
 
     let mut needed = mounted(&found.pods);
+    let templates = found.pools.iter().filter_map(|pool| pool.spec.as_ref());
+    needed.extend(
+        templates
+            .filter_map(|spec| spec.template.spec.as_ref())
+            .flat_map(config_maps),
+    );
     needed.insert(children.requirements.name_any());
     let namespace = set.namespace().unwrap_or_default();
     context

@@ -1,4 +1,5 @@
-//! Builds what belongs to a PackageSet: a ConfigMap with the requirements and the DaemonSet of the pool.
+//! Builds what belongs to a PackageSet: a ConfigMap with the requirements and the DaemonSet of the
+//! pool of its version.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +17,8 @@ use sock_crds::{Index, PackageSet};
 
 use super::validate::Wanted;
 use crate::contract::{
-    INSTALL_USER, NODE_LABEL, POOL_LABEL, RUNTIME_CLASS, STATUS_PORT, annotation, child, container,
-    container_security, labels, pod_security, sha256, short,
+    INSTALL_USER, NODE_LABEL, POOL_LABEL, RUNTIME_CLASS, STATUS_PORT, VERSION_LABEL, Version,
+    annotation, child, container, container_security, labels, pod_security, sha256, short,
 };
 
 /// What belongs to a PackageSet.
@@ -29,10 +30,18 @@ pub struct Children {
     pub pool: DaemonSet,
 }
 
+/// Name of the DaemonSet of a version.
+pub fn pool_name(set: &PackageSet, version: &Version) -> String {
+    format!("{}-{}", set.name_any(), short(&version.digest))
+}
+
 /// Builds it all for a tenant, which is the UID of a namespace.
 pub fn build(set: &PackageSet, tenant: &str, wanted: &Wanted) -> Children {
     let name = set.name_any();
     let labels = labels(POOL_LABEL, &name, "pool");
+    let version = short(&wanted.version.digest);
+    let mut of_version = labels.clone();
+    of_version.insert(VERSION_LABEL.to_owned(), version.to_owned());
     let requirements = format!(
         "{name}-requirements-{}",
         short(&sha256(&[&wanted.requirements]))
@@ -45,13 +54,21 @@ pub fn build(set: &PackageSet, tenant: &str, wanted: &Wanted) -> Children {
             ..ConfigMap::default()
         },
         pool: DaemonSet {
-            metadata: child(set, name.clone(), labels.clone()),
+            // One for each version: the former serves until nobody runs on it any more.
+            metadata: child(set, pool_name(set, &wanted.version), of_version.clone()),
             spec: Some(DaemonSetSpec {
                 selector: LabelSelector {
-                    match_labels: Some([(POOL_LABEL.to_owned(), name)].into()),
+                    match_labels: Some(
+                        [
+                            (POOL_LABEL.to_owned(), name),
+                            (VERSION_LABEL.to_owned(), version.to_owned()),
+                        ]
+                        .into(),
+                    ),
                     ..LabelSelector::default()
                 },
-                // A new version starts beside the old one, which ends when the new one is ready.
+                // What changes nothing of a version, such as its resources: a pod with the new ones starts beside the
+                // old one, which ends when the new one is warm.
                 update_strategy: Some(DaemonSetUpdateStrategy {
                     type_: Some("RollingUpdate".into()),
                     rolling_update: Some(RollingUpdateDaemonSet {
@@ -62,7 +79,7 @@ pub fn build(set: &PackageSet, tenant: &str, wanted: &Wanted) -> Children {
                 revision_history_limit: Some(2),
                 template: PodTemplateSpec {
                     metadata: Some(ObjectMeta {
-                        labels: Some(labels),
+                        labels: Some(of_version),
                         annotations: Some(annotations(set, tenant, wanted)),
                         ..ObjectMeta::default()
                     }),

@@ -6,7 +6,7 @@ use kube::ResourceExt as _;
 use sock_crds::{PackageSet, PackageSetSpec};
 
 use crate::cluster::{Context, Error};
-use crate::contract::POOL_LABEL;
+use crate::contract::{POOL_LABEL, is_child};
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -21,8 +21,8 @@ pub struct Found {
     pub parent_config_map: Option<ConfigMap>,
     /// Whether others extend it.
     pub is_extended: bool,
-    /// The DaemonSet.
-    pub pool: Option<DaemonSet>,
+    /// Its DaemonSets: one for each version that is needed.
+    pub pools: Vec<DaemonSet>,
     /// Its pods, those of former versions among them.
     pub pods: Vec<Pod>,
 }
@@ -89,7 +89,8 @@ pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<F
     };
     let all = context.all::<PackageSet>(&namespace).await?;
     let is_extended = all.iter().any(|one| parent(&one.spec) == Some(&name));
-    let pool = context.get(&namespace, &name).await?;
+    let mut pools: Vec<DaemonSet> = context.list(&namespace, POOL_LABEL, &name).await?;
+    pools.retain(|pool| is_child(&pool.metadata, set.uid().as_deref()));
     let pods = context.list(&namespace, POOL_LABEL, &name).await?;
     Ok(Some(Found {
         tenant,
@@ -97,7 +98,7 @@ pub async fn dereference(set: &PackageSet, context: &Context) -> Result<Option<F
         ancestors,
         parent_config_map,
         is_extended,
-        pool,
+        pools,
         pods,
     }))
 }

@@ -1,5 +1,7 @@
 //! Reconciling a PackageSet once, against an API server in memory.
 
+use std::collections::BTreeSet;
+
 use kube::api::Api;
 use serde_json::{Value, json};
 
@@ -7,7 +9,7 @@ use super::*;
 use crate::api_server::{NAMESPACE, Server};
 use sock_lock::Lock;
 
-use crate::contract::Version;
+use crate::contract::{Version, short};
 use crate::tests::{LINE, condition, context, requirements_name};
 
 /// A server with the PackageSet of the other tests.
@@ -33,9 +35,22 @@ async fn reconciled(server: &Server) -> Value {
     server.get("packagesets", "science").unwrap()
 }
 
+/// Name of the DaemonSet of a version.
+fn pool_name(digest: &str) -> String {
+    format!("science-{}", &digest[..10])
+}
+
+/// The DaemonSet of the version that science has now, if there is one.
+fn pool(server: &Server) -> Option<Value> {
+    let set = server.get("packagesets", "science")?;
+    server.get("daemonsets", &pool_name(set["status"]["digest"].as_str()?))
+}
+
 /// What the DaemonSet's controller says of so many nodes.
 fn schedule(server: &Server, nodes: i32) {
-    server.edit("daemonsets", "science", |pool| {
+    let set = server.get("packagesets", "science").unwrap();
+    let name = pool_name(set["status"]["digest"].as_str().unwrap());
+    server.edit("daemonsets", &name, |pool| {
         pool["status"] = json!({
             "desiredNumberScheduled": nodes, "currentNumberScheduled": nodes, "numberMisscheduled": 0,
             "numberReady": 0, "observedGeneration": pool["metadata"]["generation"],
@@ -53,7 +68,7 @@ async fn what_belongs_to_a_package_set_is_applied() {
         requirements["data"],
         json!({ "requirements.txt": format!("{LINE}\n") })
     );
-    let pool = &server.get("daemonsets", "science").unwrap()["spec"];
+    let pool = &pool(&server).unwrap()["spec"];
     assert_eq!(
         pool["updateStrategy"]["rollingUpdate"],
         json!({ "maxSurge": 1, "maxUnavailable": 0 })
@@ -128,7 +143,7 @@ async fn missing_requirements_are_said() {
         let set = reconciled(&server).await;
         assert_eq!(condition(&set, "Ready").1, reason);
         assert_eq!(condition(&set, "RequirementsFound").0, "False");
-        assert_eq!(server.get("daemonsets", "science"), None);
+        assert_eq!(pool(&server), None);
         server.put(json!({
             "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "locked" },
             "data": { "other.txt": "" },
@@ -145,7 +160,8 @@ fn pod(version: &Version, node: &str, ended: Option<i32>, ready: bool) -> Value 
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
-            "name": format!("science-{node}-{}", &version.digest[..3]), "labels": { "sock.dev/pool": "science" },
+            "name": format!("science-{node}-{}", &version.digest[..3]),
+            "labels": { "sock.dev/pool": "science", "sock.dev/version": short(&version.digest) },
             "annotations": { "sock.dev/digest": version.digest },
         },
         "spec": { "nodeName": node, "containers": [] },
@@ -230,7 +246,7 @@ async fn what_cannot_be_extended_is_said_with_what_to_do() {
         message,
         "spec.extends: PackageSet base does not exist in this namespace: create it"
     );
-    assert!(server.get("daemonsets", "science").is_none());
+    assert!(pool(&server).is_none());
 
     server.put(extending("base", "science", LINE));
     let (_, reason, message) = parent_ready(&server).await;
@@ -288,7 +304,7 @@ async fn what_cannot_be_extended_is_said_with_what_to_do() {
 async fn only_zygotes_that_others_extend_may_have_children() {
     let server = server();
     let extended = |server: &Server| {
-        let pool = server.get("daemonsets", "science").unwrap();
+        let pool = pool(server).unwrap();
         pool["spec"]["template"]["metadata"]["annotations"]["sock.dev/extended"].clone()
     };
     reconciled(&server).await;
@@ -323,7 +339,7 @@ async fn a_package_set_descends_from_the_version_of_its_parent_that_is_ready() {
     let set = reconciled(&server).await;
     assert_eq!(condition(&set, "ParentReady").0, "True");
     let annotations = |server: &Server| {
-        let pool = server.get("daemonsets", "science").unwrap();
+        let pool = pool(server).unwrap();
         pool["spec"]["template"]["metadata"]["annotations"].clone()
     };
     let first = annotations(&server);
@@ -359,4 +375,96 @@ async fn a_package_set_descends_from_the_version_of_its_parent_that_is_ready() {
     assert_eq!(condition(&set, "ParentReady").1, "PackageSetMissing");
     assert_eq!(annotations(&server), second);
     assert_eq!(set["status"]["readyDigest"], digest);
+}
+
+/// A pod of a Function, or of another PackageSet, that runs on a version.
+fn user(label: &str, name: &str, annotations: &Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": format!("{name}-1"), "annotations": annotations,
+            "labels": { label: name, "app.kubernetes.io/managed-by": "sock-operator" },
+        },
+        "spec": { "containers": [] },
+    })
+}
+
+#[tokio::test]
+async fn a_former_pool_stays_as_long_as_somebody_runs_on_it() {
+    let server = server();
+    reconciled(&server).await;
+    schedule(&server, 1);
+    let first = wanted();
+    server.put(pod(&first, "one", Some(0), true));
+    let set = reconciled(&server).await;
+    assert_eq!(condition(&set, "RolledOut").0, "True");
+    let digest = |digest: &str| json!({ "sock.dev/digest": digest });
+    let own = digest(&first.digest);
+    server.put(user("sock.dev/function", "shop", &own));
+    let ancestors = json!([{ "digest": first.digest, "lock": first.lock }]).to_string();
+    let child = json!({ "sock.dev/digest": "00", "sock.dev/ancestors": ancestors });
+    server.put(user("sock.dev/pool", "child", &child));
+
+    let change = |imports: Value| {
+        server.edit("packagesets", "science", |set| {
+            set["spec"]["imports"] = imports
+        });
+    };
+    let pools = || server.names("daemonsets");
+    // It serves until the new one is warm, and a version between them that nobody has run on goes.
+    change(json!(["six", "nothing"]));
+    let set = reconciled(&server).await;
+    assert_eq!(condition(&set, "RolledOut").1, "Warming");
+    let between = pool_name(set["status"]["digest"].as_str().unwrap());
+    assert!(pools().contains(&between));
+    change(json!(["six", "json"]));
+    let set = reconciled(&server).await;
+    let present = pool_name(set["status"]["digest"].as_str().unwrap());
+    let former = pool_name(&first.digest);
+    assert_eq!(
+        pools().into_iter().collect::<BTreeSet<_>>(),
+        BTreeSet::from([former.clone(), present.clone()])
+    );
+    schedule(&server, 1);
+    let second = Version {
+        digest: set["status"]["digest"].as_str().unwrap().to_owned(),
+        ..first.clone()
+    };
+
+    // Functions are given the new one, and as long as pods of them run on the former it stays; so it does for zygotes
+    // that were forked from it.
+    server.put(pod(&second, "one", Some(0), true));
+    let set = reconciled(&server).await;
+    assert_eq!(set["status"]["readyDigest"], second.digest);
+    let (holds, reason, message) = condition(&set, "RolledOut");
+    assert_eq!(
+        (holds.as_str(), reason.as_str()),
+        ("False", "FormerVersionInUse")
+    );
+    assert_eq!(
+        message,
+        format!(
+            "the pool of the former version {} stays until no pod runs on it any more: those of Function shop, PackageSet child do",
+            &first.digest[..10]
+        )
+    );
+    server.remove("pods", "shop-1");
+    let set = reconciled(&server).await;
+    let (_, _, message) = condition(&set, "RolledOut");
+    assert!(
+        message.ends_with("those of PackageSet child do"),
+        "{message}"
+    );
+    assert!(pools().contains(&former));
+    server.put(user("sock.dev/pool", "child", &digest("00")));
+    let set = reconciled(&server).await;
+    assert_eq!(condition(&set, "RolledOut").0, "True");
+    assert_eq!(pools(), [present]);
+
+    // The way back is to a version like any other.
+    change(json!(["six"]));
+    let set = reconciled(&server).await;
+    assert_eq!(set["status"]["readyDigest"], second.digest);
+    assert_eq!(condition(&set, "RolledOut").1, "Warming");
+    assert_eq!(pools().len(), 2);
 }

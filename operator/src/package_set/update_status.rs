@@ -8,36 +8,42 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use sock_crds::{NodeFailure, PackageSet, PackageSetStatus};
 
+use super::build::pool_name;
+use super::former::{self, Former, Users};
 use super::status_port::import_millis;
 use super::validate::Wanted;
 use crate::cluster::Error;
 use crate::condition::{Finding, conditions};
-use crate::contract::{annotation, container};
+use crate::contract::{VERSION_LABEL, Version, container, short};
 use crate::pods::{failures, is_ready};
 
 /// What there is of a PackageSet now.
 pub struct Observed<'a> {
-    /// The DaemonSet.
+    /// The DaemonSet of the present version.
     pub pool: Option<DaemonSet>,
+    /// All of its DaemonSets, as they were before that was applied.
+    pub pools: Vec<DaemonSet>,
+    /// Who runs on former versions.
+    pub users: Users,
     /// Its pods.
     pub pods: Vec<Pod>,
     /// Why it could not be applied.
     pub failed: Option<&'a Error>,
 }
 
-/// The status that a PackageSet is to have.
+/// The status that a PackageSet is to have, and the pools of its former versions.
 pub async fn status(
     set: &PackageSet,
     wanted: &Result<Wanted, Finding>,
     observed: &Observed<'_>,
-) -> PackageSetStatus {
+) -> (PackageSetStatus, Vec<Former>) {
     let before = set.status.clone().unwrap_or_default();
-    let mut after = decide(set, wanted, observed, Timestamp::now());
+    let (mut after, former) = decide(set, wanted, observed, Timestamp::now());
     if let Ok(wanted) = wanted {
         let of_version = observed
             .pods
             .iter()
-            .filter(|pod| has_digest(pod, &wanted.version.digest) && is_ready(pod));
+            .filter(|pod| is_of_version(pod, &wanted.version) && is_ready(pod));
         after.import_millis = import_millis(of_version).await.or_else(|| {
             // Where the pods cannot be reached, what was once measured of this version still holds.
             before
@@ -45,14 +51,13 @@ pub async fn status(
                 .filter(|_| before.digest == after.digest)
         });
     }
-    after
+    (after, former)
 }
 
-fn has_digest(pod: &Pod, digest: &str) -> bool {
-    pod.annotations()
-        .get(annotation::DIGEST)
-        .map(String::as_str)
-        == Some(digest)
+/// Whether a pod belongs to the pool of a version.
+fn is_of_version(pod: &Pod, version: &Version) -> bool {
+    let of = pod.labels().get(VERSION_LABEL).map(String::as_str);
+    of == Some(short(&version.digest))
 }
 
 /// Whether the packages are installed on the pod's node.
@@ -103,7 +108,7 @@ fn decide(
     wanted: &Result<Wanted, Finding>,
     observed: &Observed<'_>,
     now: Timestamp,
-) -> PackageSetStatus {
+) -> (PackageSetStatus, Vec<Former>) {
     let before = set.status.clone().unwrap_or_default();
     let generation = set.metadata.generation;
     let mut after = PackageSetStatus {
@@ -117,6 +122,7 @@ fn decide(
     };
     let desired = desired_nodes(observed.pool.as_ref());
     after.desired_nodes = desired.unwrap_or(before.desired_nodes);
+    let mut former = Vec::new();
     let findings = match wanted {
         Err(finding) => {
             after.digest.clone_from(&before.digest);
@@ -131,7 +137,9 @@ fn decide(
             let pods: Vec<&Pod> = observed
                 .pods
                 .iter()
-                .filter(|pod| has_digest(pod, digest) && pod.metadata.deletion_timestamp.is_none())
+                .filter(|pod| {
+                    is_of_version(pod, &wanted.version) && pod.metadata.deletion_timestamp.is_none()
+                })
                 .collect();
             let counts = Counts {
                 desired,
@@ -152,7 +160,16 @@ fn decide(
                 after.ready_image = Some(wanted.version.image.clone());
                 after.ready_ancestors.clone_from(&wanted.version.ancestors);
             }
+            former = former::former(
+                &observed.pools,
+                &pool_name(set, &wanted.version),
+                &wanted.version,
+                &observed.users,
+                after.ready_digest.as_deref(),
+                counts.is_warm(),
+            );
             let mut findings = findings(&counts, &after.failures, observed.failed);
+            findings.push(former::finding(&former));
             if let Some(parent) = &set.spec.extends {
                 let message = format!("extends PackageSet {}", parent.name);
                 findings.push(Finding::yes("ParentReady", "Ready", message));
@@ -161,7 +178,7 @@ fn decide(
         }
     };
     after.conditions = conditions(&findings, &before.conditions, generation, now);
-    after
+    (after, former)
 }
 
 /// The nodes that should have a pod; none until the DaemonSet's controller has seen its present form.
@@ -182,15 +199,18 @@ struct Counts {
 }
 
 impl Counts {
+    /// Whether every node that should have it has it.
+    fn is_warm(self) -> bool {
+        self.desired
+            .is_some_and(|desired| desired > 0 && self.ready >= desired)
+    }
+
     /// Whether Functions should run on this version.
     ///
     /// One that replaces another has to be warm on every node first. The first one may be used as soon as a node has
     /// it, also where the zygote is refused: a plain interpreter with the packages is slower, and answers.
     fn may_be_used(self, replaces: bool) -> bool {
-        let everywhere = self
-            .desired
-            .is_some_and(|desired| desired > 0 && self.ready >= desired);
-        everywhere || (!replaces && (self.ready > 0 || self.given_up > 0))
+        self.is_warm() || (!replaces && (self.ready > 0 || self.given_up > 0))
     }
 }
 

@@ -42,13 +42,13 @@ pub fn validate(set: &PackageSet, found: &Found) -> Result<Wanted, Finding> {
 
 /// A zygote that might have children and has none any more is not made anew for that.
 fn was_extended(found: &Found, version: &Version) -> bool {
-    let template = found.pool.as_ref().and_then(|pool| pool.spec.as_ref());
-    let annotations =
-        template.and_then(|spec| spec.template.metadata.as_ref()?.annotations.as_ref());
-    annotations.is_some_and(|annotations| {
-        annotations.get(annotation::DIGEST) == Some(&version.digest)
-            && annotations.contains_key(annotation::EXTENDED)
-    })
+    let templates = found.pools.iter().filter_map(|pool| pool.spec.as_ref());
+    templates
+        .filter_map(|spec| spec.template.metadata.as_ref()?.annotations.as_ref())
+        .any(|annotations| {
+            annotations.get(annotation::DIGEST) == Some(&version.digest)
+                && annotations.contains_key(annotation::EXTENDED)
+        })
 }
 
 /// The versions that the zygote descends from: those that are ready, so that it is made anew only when there is something to

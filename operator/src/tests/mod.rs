@@ -150,6 +150,16 @@ pub fn requirements_name() -> String {
     format!("science-requirements-{}", &digest[..10])
 }
 
+/// Name of the DaemonSet that the operator makes for [`set`] with [`LINE`].
+pub fn pool_name() -> String {
+    let lock = Lock {
+        image: "python:3.11".into(),
+        requirements: format!("{LINE}\n"),
+    };
+    let version = Version::new(&lock, &["six".to_owned()], "", Vec::new());
+    format!("science-{}", &version.digest[..10])
+}
+
 /// Status, reason and message of a condition.
 pub fn condition(object: &Value, type_: &str) -> (String, String, String) {
     let conditions = object["status"]["conditions"].as_array();
@@ -194,7 +204,7 @@ pub fn children() -> [(&'static str, String); 5] {
         ("configmaps", code_name("hello")),
         ("deployments", "hello".to_owned()),
         ("configmaps", requirements_name()),
-        ("daemonsets", "science".to_owned()),
+        ("daemonsets", pool_name()),
     ]
 }
 

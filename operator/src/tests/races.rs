@@ -116,23 +116,23 @@ async fn a_name_that_somebody_takes_first_is_left_to_him() {
     for (plural, name, owner, foreign) in [
         (
             "services",
-            "hello",
+            "hello".to_owned(),
             ("functions", "hello"),
             json!({ "apiVersion": "v1", "kind": "Service", "metadata": { "name": "hello" },
                     "spec": { "selector": { "app": "other" } } }),
         ),
         (
             "deployments",
-            "hello",
+            "hello".to_owned(),
             ("functions", "hello"),
             json!({ "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "hello" },
                     "spec": { "replicas": 7, "selector": { "matchLabels": { "app": "other" } } } }),
         ),
         (
             "daemonsets",
-            "science",
+            pool_name(),
             ("packagesets", "science"),
-            json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "science" },
+            json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": pool_name() },
                     "spec": { "revisionHistoryLimit": 7 } }),
         ),
     ] {
@@ -143,12 +143,12 @@ async fn a_name_that_somebody_takes_first_is_left_to_him() {
         });
         let _operator = Operator::start(&server, "one");
         pass(30).await;
-        let there = server.get(plural, name).unwrap();
+        let there = server.get(plural, &name).unwrap();
         assert_eq!(there["spec"], foreign["spec"]);
         assert_eq!(there["metadata"].get("ownerReferences"), None);
         assert_eq!(ready(&server, owner.0, owner.1), "NameTaken");
 
-        server.remove(plural, name);
+        server.remove(plural, &name);
         pass(60).await;
         assert_ne!(ready(&server, owner.0, owner.1), "NameTaken");
     }
@@ -340,7 +340,7 @@ async fn what_somebody_changes_of_ours_is_changed_back_and_what_is_his_stays() {
         it["spec"]["replicas"] = json!(5);
         it["metadata"]["annotations"] = json!({ "theirs": "kept" });
     });
-    server.edit("daemonsets", "science", |it| {
+    server.edit("daemonsets", &pool_name(), |it| {
         it["metadata"]["labels"]
             .as_object_mut()
             .unwrap()
@@ -350,7 +350,7 @@ async fn what_somebody_changes_of_ours_is_changed_back_and_what_is_his_stays() {
     let deployment = server.get("deployments", "hello").unwrap();
     assert_eq!(deployment["spec"]["replicas"], 1);
     assert_eq!(deployment["metadata"]["annotations"]["theirs"], "kept");
-    let pool = server.get("daemonsets", "science").unwrap();
+    let pool = server.get("daemonsets", &pool_name()).unwrap();
     assert_eq!(pool["metadata"]["labels"]["sock.dev/pool"], "science");
     server.writes();
 
@@ -431,8 +431,10 @@ async fn a_stale_cache_does_not_take_back_the_version_that_functions_run_on() {
     let pod = |name: &str, ready: &str| {
         json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": { "name": name, "labels": { "sock.dev/pool": "science" },
-                          "annotations": { "sock.dev/digest": digest } },
+            "metadata": {
+                "name": name,
+                "labels": { "sock.dev/pool": "science", "sock.dev/version": digest.as_str().unwrap()[..10] },
+            },
             "spec": { "nodeName": name, "containers": [] },
             "status": { "conditions": [{ "type": "Ready", "status": ready }] },
         })

@@ -134,7 +134,7 @@ async fn a_right_that_is_missing_is_said() {
         ("get", "packagesets/plain", "functions", "hello"),
         ("get", "namespaces/shop", "functions", "hello"),
         ("list", "configmaps", "functions", "hello"),
-        ("get", "daemonsets/science", "packagesets", "science"),
+        ("list", "daemonsets", "packagesets", "science"),
     ] {
         let server = cluster();
         let _operator = Operator::start(&server, "one");

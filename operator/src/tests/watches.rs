@@ -114,7 +114,7 @@ async fn a_watch_that_gets_no_answer_is_tried_again() {
     server.edit("functions", "hello", |it| it["spec"]["replicas"] = json!(2));
     pass(10).await;
     assert_eq!(replicas(&server), 2);
-    assert!(server.get("daemonsets", "science").is_some());
+    assert!(server.get("daemonsets", &pool_name()).is_some());
 }
 
 #[tokio::test(start_paused = true)]
@@ -182,4 +182,69 @@ async fn a_call_without_an_answer_is_given_up() {
     let _operator = Operator::start(&server, "one");
     pass(90).await;
     assert!(server.get("deployments", "hello").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_former_pool_goes_with_the_last_pod_that_runs_on_it() {
+    let server = cluster();
+    let _operator = Operator::start(&server, "one");
+    pass(10).await;
+    let former = pool_name();
+    let digest = |server: &Server| {
+        let set = server.get("packagesets", "science").unwrap();
+        set["status"]["digest"].as_str().unwrap().to_owned()
+    };
+    let warm = |server: &Server| {
+        let digest = digest(server);
+        let name = format!("science-{}", &digest[..10]);
+        server.edit("daemonsets", &name, |pool| {
+            pool["status"] = json!({
+                "desiredNumberScheduled": 1, "currentNumberScheduled": 1, "numberMisscheduled": 0,
+                "numberReady": 1, "observedGeneration": pool["metadata"]["generation"],
+            });
+        });
+        server.put(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": name, "annotations": { "sock.dev/digest": digest },
+                "labels": {
+                    "sock.dev/pool": "science", "sock.dev/version": digest[..10],
+                    "app.kubernetes.io/managed-by": "sock-operator",
+                },
+            },
+            "spec": { "nodeName": "one", "containers": [] },
+            "status": { "conditions": [{ "type": "Ready", "status": "True" }] },
+        }));
+    };
+    warm(&server);
+    let function = |name: &str, digest: &str| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": name, "annotations": { "sock.dev/digest": digest },
+                "labels": { "sock.dev/function": name, "app.kubernetes.io/managed-by": "sock-operator" },
+            },
+            "spec": { "containers": [] },
+        })
+    };
+    for name in ["a", "b"] {
+        server.put(function(name, &digest(&server)));
+    }
+    pass(10).await;
+    server.edit("packagesets", "science", |set| {
+        set["spec"]["imports"] = json!(["six", "json"]);
+    });
+    pass(10).await;
+    let is_there = |server: &Server| server.get("daemonsets", &former).is_some();
+    warm(&server);
+    pass(10).await;
+    assert!(is_there(&server));
+    server.remove("pods", "a");
+    pass(10).await;
+    assert!(is_there(&server));
+    server.remove("pods", "b");
+    pass(1).await;
+    assert!(!is_there(&server));
+    let pools = server.names("daemonsets").into_iter();
+    assert_eq!(pools.filter(|name| name.starts_with("science-")).count(), 1);
 }
