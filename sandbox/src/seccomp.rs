@@ -5,7 +5,7 @@
 //! time (the kernel tries every system call number on it at load to fill its bitmap of constant answers,
 //! `seccomp_cache_prepare` in kernel/seccomp.c), and a leaf loads it at every fork.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use oci_spec::runtime::{
@@ -66,6 +66,8 @@ const AUDIT_ARCH: u32 = 0xC000_00B7;
 /// Numbers from here on are the x32 ABI's on x86_64; no profile allows them.
 const FIRST_FOREIGN: u32 = 0x4000_0000;
 
+/// `SECCOMP_RET_ALLOW`.
+const ALLOW: u32 = 0x7fff_0000;
 /// `SECCOMP_RET_LOG`: this and above lets a call through.
 const LOG: u32 = 0x7ffc_0000;
 /// `SECCOMP_RET_ERRNO` with ENOSYS.
@@ -132,6 +134,37 @@ struct Verdict {
     otherwise: u32,
 }
 
+/// The number of a system call, if this architecture has it.
+fn number(name: &str) -> Option<u32> {
+    let number = Sysno::from_str(name).ok()?;
+    u32::try_from(number.id()).ok()
+}
+
+/// What a profile says of the system calls that it names.
+fn verdicts(profile: &LinuxSeccomp) -> Result<BTreeMap<u32, Verdict>> {
+    let default = value(profile.default_action(), profile.default_errno_ret())?;
+    let mut verdicts: BTreeMap<u32, Verdict> = BTreeMap::new();
+    for entry in profile.syscalls().iter().flatten() {
+        let action = value(entry.action(), entry.errno_ret())?;
+        let conditions = entry.args().clone().unwrap_or_default();
+        for name in entry.names() {
+            let Some(number) = number(name) else {
+                continue;
+            };
+            let verdict = verdicts.entry(number).or_insert(Verdict {
+                rules: Vec::new(),
+                otherwise: default,
+            });
+            if conditions.is_empty() {
+                verdict.otherwise = action;
+            } else {
+                verdict.rules.push(Rule::new(conditions.clone(), action)?);
+            }
+        }
+    }
+    Ok(verdicts)
+}
+
 /// A profile, compiled: ready for `seccomp(SECCOMP_SET_MODE_FILTER)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program(Vec<Instruction>);
@@ -144,27 +177,66 @@ impl Program {
     /// An action or a comparison that is not supported, or a rule of too many.
     pub fn compile(profile: &LinuxSeccomp) -> Result<Self> {
         let default = value(profile.default_action(), profile.default_errno_ret())?;
-        let mut verdicts: BTreeMap<u32, Verdict> = BTreeMap::new();
-        for entry in profile.syscalls().iter().flatten() {
-            let action = value(entry.action(), entry.errno_ret())?;
-            let conditions = entry.args().clone().unwrap_or_default();
-            for name in entry.names() {
-                let Ok(number) = Sysno::from_str(name) else {
-                    continue;
-                };
-                let number = u32::try_from(number.id()).unwrap_or(FIRST_FOREIGN);
-                let verdict = verdicts.entry(number).or_insert(Verdict {
-                    rules: Vec::new(),
-                    otherwise: default,
-                });
-                if conditions.is_empty() {
-                    verdict.otherwise = action;
-                } else {
-                    verdict.rules.push(Rule::new(conditions.clone(), action)?);
-                }
+        Ok(Self::assemble(&verdicts(profile)?, default))
+    }
+
+    /// Compiles what a profile says of some system calls, and allows all others: for a process that is held to the others
+    /// already.
+    ///
+    /// # Errors
+    /// As [`Program::compile`].
+    pub fn compile_only<'a>(
+        profile: &LinuxSeccomp,
+        names: impl Iterator<Item = &'a str>,
+    ) -> Result<Self> {
+        let default = value(profile.default_action(), profile.default_errno_ret())?;
+        let mut verdicts = verdicts(profile)?;
+        let numbers: BTreeSet<u32> = names.filter_map(number).collect();
+        verdicts.retain(|number, _| numbers.contains(number));
+        for number in numbers {
+            verdicts.entry(number).or_insert(Verdict {
+                rules: Vec::new(),
+                otherwise: default,
+            });
+        }
+        Ok(Self::assemble(&verdicts, ALLOW))
+    }
+
+    /// What the kernel answers to a system call of this architecture.
+    #[must_use]
+    pub fn answer(&self, number: u32, arguments: [u64; 6]) -> u32 {
+        self.run(AUDIT_ARCH, number, arguments)
+    }
+
+    fn run(&self, architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
+        // `struct seccomp_data`.
+        let mut data = [number.to_ne_bytes(), architecture.to_ne_bytes()].concat();
+        data.extend([0; 8]);
+        data.extend(arguments.iter().flat_map(|argument| argument.to_ne_bytes()));
+        let words: Vec<u32> = data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|word| u32::from_ne_bytes(*word))
+            .collect();
+        let (mut next, mut accumulator) = (0, 0);
+        while let Some(instruction) = self.0.get(next) {
+            let Instruction { code, jt, jf, k } = *instruction;
+            next += 1;
+            let branch = |holds: bool| usize::from(if holds { jt } else { jf });
+            match code {
+                LD_W_ABS => accumulator = words[k as usize / size_of::<u32>()],
+                ALU_AND => accumulator &= k,
+                JMP_JA => next += k as usize,
+                JMP_JEQ => next += branch(accumulator == k),
+                JMP_JGT => next += branch(accumulator > k),
+                JMP_JGE => next += branch(accumulator >= k),
+                RET => return k,
+                // None other is made here.
+                _ => break,
             }
         }
-        Ok(Self::assemble(&verdicts, default))
+        libc::SECCOMP_RET_KILL_PROCESS
     }
 
     /// The instructions.
@@ -450,34 +522,8 @@ mod tests {
     use oci_spec::runtime::{LinuxSeccompArgBuilder, LinuxSeccompBuilder, LinuxSyscallBuilder};
     use proptest::prelude::*;
 
-    /// Runs a program as the kernel would on one call.
     fn run(program: &Program, arch: u32, nr: u32, args: [u64; 6]) -> u32 {
-        let mut data = Vec::new();
-        data.extend(nr.to_le_bytes());
-        data.extend(arch.to_le_bytes());
-        data.extend(0u64.to_le_bytes());
-        for a in args {
-            data.extend(a.to_le_bytes());
-        }
-        let (mut pc, mut acc) = (0usize, 0u32);
-        loop {
-            let i = program.0[pc];
-            pc += 1;
-            let branch = |yes: bool| usize::from(if yes { i.jt } else { i.jf });
-            match i.code {
-                LD_W_ABS => {
-                    acc =
-                        u32::from_le_bytes(data[i.k as usize..i.k as usize + 4].try_into().unwrap())
-                }
-                ALU_AND => acc &= i.k,
-                JMP_JA => pc += i.k as usize,
-                JMP_JEQ => pc += branch(acc == i.k),
-                JMP_JGT => pc += branch(acc > i.k),
-                JMP_JGE => pc += branch(acc >= i.k),
-                RET => return i.k,
-                other => panic!("code {other:#x}"),
-            }
-        }
+        program.run(arch, nr, args)
     }
 
     fn holds(c: &LinuxSeccompArg, args: [u64; 6]) -> bool {

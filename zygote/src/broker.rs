@@ -65,9 +65,8 @@ impl Broker {
         })
     }
 
-    /// Gives everyone who connects a channel to `zygote`, its user namespace and the mapped user,
-    /// until the zygote is gone. Yields the reason for the end.
-    pub async fn serve(&self, zygote: &Zygote, user: BorrowedFd<'_>, uid: u32, gid: u32) -> Error {
+    /// Gives everyone who connects a channel to `zygote`, its user namespace and what is said of it, until the zygote is gone. Yields the reason for the end.
+    pub async fn serve(&self, zygote: &Zygote, user: BorrowedFd<'_>, attached: &Attached) -> Error {
         loop {
             let peer = match self.accept().await {
                 Ok(peer) => peer,
@@ -79,7 +78,7 @@ impl Broker {
             };
             let fds = [channel.as_fd(), user];
             // The packet is the first on a new socket: there is room for it, or the peer is gone.
-            if let Err(error) = protocol::send(&peer, &Attached { uid, gid }, &fds) {
+            if let Err(error) = protocol::send(&peer, attached, &fds) {
                 tracing::debug!(%error, "a shim left before it was attached");
             }
         }
@@ -136,6 +135,8 @@ pub struct Attachment {
     pub uid: u32,
     /// The only group.
     pub gid: u32,
+    /// Name of the seccomp profile that the zygote is held to.
+    pub profile: String,
     /// Where it was found.
     pub path: PathBuf,
 }
@@ -174,7 +175,7 @@ async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
     let received = Channel::new(socket, "broker")?
         .receive::<Attached>(2)
         .await?;
-    let Attached { uid, gid } = received.message;
+    let Attached { uid, gid, profile } = received.message;
     let Ok([channel, user_namespace]) = <[OwnedFd; 2]>::try_from(received.fds) else {
         return Err(Error::Unexpected {
             peer: "broker",
@@ -187,6 +188,7 @@ async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
         user_namespace,
         uid,
         gid,
+        profile,
         path: path.to_owned(),
     })
 }

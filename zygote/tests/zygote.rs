@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
 use serde_json::Value;
-use sock_zygote::protocol::{self, FromZygote, ToZygote, ZygoteSetup};
+use sock_zygote::protocol::{self, Attached, FromZygote, ToZygote, ZygoteSetup};
 use sock_zygote::{Broker, Error, attach};
 use support::{
     Container, Function, Pool, USER, answer, connection, image, packaged, reply, shim, zygote_setup,
@@ -810,11 +810,17 @@ fn a_broker_leads_to_its_zygote_and_stale_sockets_go() {
         let broker = Broker::listen(&dir.join(format!("{}.sock", "s".repeat(64)))).unwrap();
         drop(std::os::unix::net::UnixListener::bind(dir.parent().unwrap().join("x")).unwrap());
         std::fs::rename(dir.parent().unwrap().join("x"), &stale).unwrap();
+        let attached = Attached {
+            uid: USER,
+            gid: USER,
+            profile: "of the pool".into(),
+        };
         let found = tokio::select! {
-            error = broker.serve(&pool.zygote, pool.process.user_namespace.as_fd(), USER, USER) => panic!("{error}"),
+            error = broker.serve(&pool.zygote, pool.process.user_namespace.as_fd(), &attached) => panic!("{error}"),
             found = attach(&dir) => found.unwrap().unwrap(),
         };
         assert_eq!((found.uid, found.gid), (USER, USER));
+        assert_eq!(found.profile, "of the pool");
         let function = Function::new(&pool, NUMBERS, &[]);
         answer(&function.leaf(&found.zygote, true, None).await.unwrap()).await;
         drop(broker);

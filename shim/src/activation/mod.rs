@@ -34,7 +34,7 @@ pub use config::{Ancestor, AnnotationError, FunctionConfig, ZygoteName};
 pub use end::{End, Shortage};
 pub use leaf::{Origin, StartTimes};
 pub use output::{Output, Streams};
-pub use zygotes::{Directory, Forked, Interpreter, Local, Pools, Zygote, Zygotes};
+pub use zygotes::{Directory, Forked, Interpreter, Local, Pools, Profile, Zygote, Zygotes};
 
 use driver::Driver;
 use listener::Listener;

@@ -86,6 +86,15 @@ pub(super) struct Told {
     sealed: RefCell<SealedSetup>,
 }
 
+/// A seccomp profile that some zygotes are held to already.
+#[derive(Debug, Clone)]
+pub struct Profile {
+    /// The zygotes' brokers tell it.
+    pub name: String,
+    /// What is left to do for a leaf of such a zygote, as in [`LeafSetup::seccomp`].
+    pub rest: Vec<u8>,
+}
+
 impl Told {
     /// For the first leaf, which is to send what it compiles.
     pub(super) fn new(setup: LeafSetup) -> Result<Told, sock_zygote::Error> {
@@ -113,7 +122,19 @@ impl Told {
 struct Pod {
     mounts: OwnedFd,
     told: Told,
+    /// The same for leaves of zygotes that are held to the pod's seccomp profile already, and that profile's name.
+    told_less: Option<(String, Told)>,
     user: (u32, u32),
+}
+
+impl Pod {
+    /// What leaves of a zygote are told that is held to a profile.
+    fn told(&self, profile: &str) -> &Told {
+        match &self.told_less {
+            Some((name, told)) if name == profile => told,
+            _ => &self.told,
+        }
+    }
 }
 
 /// Where brokers of one digest listen.
@@ -239,7 +260,8 @@ struct Attached {
 }
 
 impl Pools {
-    /// Looks in `directories` for brokers, in their order. `mounts` is the mount namespace of the Function's container.
+    /// Looks in `directories` for brokers, in their order. `mounts` is the mount namespace of the Function's container, `profile`
+    /// the pod's, if zygotes may have it too.
     ///
     /// # Errors
     /// When the setup cannot be written to a memory file.
@@ -247,11 +269,20 @@ impl Pools {
         directories: Vec<Directory>,
         mounts: OwnedFd,
         setup: &LeafSetup,
+        profile: Option<Profile>,
     ) -> Result<Pools, ForkError> {
         let user = (setup.uid, setup.gid);
+        let told_less = profile.map(|Profile { name, rest }| {
+            let setup = LeafSetup {
+                seccomp: rest,
+                ..setup.clone()
+            };
+            Ok::<_, sock_zygote::Error>((name, Told::new(setup)?))
+        });
         let pod = Rc::new(Pod {
             mounts,
             told: Told::new(setup.clone())?,
+            told_less: told_less.transpose()?,
             user,
         });
         Ok(Pools {
@@ -351,6 +382,9 @@ impl Zygotes for Pools {
     }
 
     fn tell_leaves(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
+        if let Some((_, told)) = &self.pod.told_less {
+            told.besides(extras)?;
+        }
         self.pod.told.besides(extras)
     }
 }
@@ -428,7 +462,8 @@ impl Zygote for Attached {
                 stdout: Some(streams.stdout.as_fd()),
                 stderr: Some(streams.stderr.as_fd()),
             };
-            let leaf = arrived.setup(&self.pod.told.sealed(), &fds)?;
+            let told = self.pod.told(&self.attachment.profile);
+            let leaf = arrived.setup(&told.sealed(), &fds)?;
             // While the leaf confines itself there is time; the next one may come from a spare and wait for nothing else.
             self.tree.replace(self.root.clone_tree().ok());
             Ok(Forked { leaf, origin })

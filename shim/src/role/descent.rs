@@ -262,6 +262,12 @@ pub async fn until_it_could(config: &PoolConfig, user: UserMapping) {
 pub struct Parent(Attachment);
 
 impl Parent {
+    /// Name of the profile that its zygote, and whatever is forked from that, is held to.
+    #[must_use]
+    pub fn profile(&self) -> &str {
+        &self.0.profile
+    }
+
     /// Waits until it has ended and another is there in its place. Its child lives on, but shares memory with nobody
     /// who comes after.
     pub async fn replaced(self) {

@@ -13,7 +13,7 @@ use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use sock_sandbox::{ExecPlan, Stdio, namespace, seccomp};
 use sock_zygote::protocol::{LeafSetup, Rlimit};
 
-use super::{CACHE, POOLS, SITE_PACKAGES, add_payload, packages};
+use super::{CACHE, POOLS, SITE_PACKAGES, add_payload, packages, profile};
 use crate::activation::{
     Activation, BelowContainer, Directory, FunctionConfig, Interpreter, LeafCgroup, Local, Output,
     Pools, Streams, Surroundings, ZygoteName, Zygotes,
@@ -82,7 +82,10 @@ impl FunctionContainer {
         let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
             Some(name) => {
                 let mounts = namespace::of_process(container.init.pid(), "mnt")?;
-                let pools = Pools::new(self.directories(name), mounts, &setup);
+                let linux = container.spec.linux().as_ref();
+                let profile = linux.and_then(|l| l.seccomp().as_ref());
+                let profile = profile.map(profile::for_leaves).transpose()?;
+                let pools = Pools::new(self.directories(name), mounts, &setup, profile);
                 let pools = pools.map_err(Failure::unknown)?;
                 Some(Rc::new(
                     pools.staying_in(cgroup.clone(), container.init.pid()),

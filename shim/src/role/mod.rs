@@ -6,6 +6,7 @@
 pub mod descent;
 pub mod function;
 pub mod installer;
+pub mod profile;
 pub mod zygote;
 
 use std::collections::HashMap;

@@ -11,19 +11,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use oci_spec::runtime::{
-    Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator,
-    LinuxSyscall, LinuxSyscallBuilder, Spec,
+    Capability, LinuxCapabilitiesBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, Spec,
 };
 use serde_json::json;
 use sock_sandbox::root::Root;
 use sock_sandbox::{HolderKind, Launched, Outer, Plan, Program, Stdio, UserMapping, namespace};
+use sock_zygote::protocol::Attached;
 use sock_zygote::{Broker, Warm, Zygote};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
 use super::descent::{self, Descent, Parent};
+use super::profile;
 use super::{POOLS, PoolConfig, add_env, add_payload, packages};
 use crate::activation::{End, Shortage};
 use crate::children::Claim;
@@ -41,38 +41,13 @@ const MADE_WITHIN: Duration = Duration::from_secs(10);
 /// Between the end of a process's channel and its own.
 const REAPED_WITHIN: Duration = Duration::from_secs(2);
 
-/// System calls that a zygote needs to make leaves, and that default profiles keep for those with privileges on the host.
-const FORKING: [&str; 5] = [
-    "mount",
-    "move_mount",
-    "mount_setattr",
-    "chroot",
-    "sethostname",
-];
-/// Namespaces that a leaf gets of its own. No user namespace: in one it would hold every capability anew.
-const OWN: libc::c_int =
-    libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-/// Namespaces that are joined: the zygote's own after a fork, the pod's empty network.
-const JOINED: [libc::c_int; 2] = [libc::CLONE_NEWPID, libc::CLONE_NEWNET];
-/// The same where others extend the PackageSet: by children that become zygotes. Only what is nested in their parent's lets them
-/// in; but who enters a user namespace has every capability there, whatever it does with them, and so this is for
-/// those alone who need it.
-const JOINED_BY_CHILDREN: [libc::c_int; 5] = [
-    libc::CLONE_NEWUSER,
-    libc::CLONE_NEWNS,
-    libc::CLONE_NEWIPC,
-    libc::CLONE_NEWUTS,
-    libc::CLONE_NEWCGROUP,
-];
-/// What a zygote's sockets are for: some code asks for one when it is imported, and leaves have theirs made by the shim. Others
-/// (packets, netfilter) would be of use to nobody but who has gained capabilities.
-const FAMILIES: [libc::c_int; 3] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
-
 /// A pool's container.
 pub struct ZygoteContainer {
     config: PoolConfig,
     begun: Instant,
     user: UserMapping,
+    /// Name of its own profile.
+    profile: RefCell<String>,
     holder: RefCell<Option<NamespaceHolder>>,
     origin: RefCell<Option<Origin>>,
     /// What a zygote that descends from another writes goes here.
@@ -123,6 +98,7 @@ impl ZygoteContainer {
             config,
             begun: Instant::now(),
             user,
+            profile: RefCell::default(),
             holder: RefCell::default(),
             origin: RefCell::default(),
             output: RefCell::default(),
@@ -236,16 +212,8 @@ impl ZygoteContainer {
             .set_readonly_paths(None)
             .set_sysctl(None);
         if let Some(seccomp) = linux.seccomp().clone() {
-            let mut seccomp = seccomp;
-            let mut calls = seccomp.syscalls().clone().unwrap_or_default();
-            for call in &mut calls {
-                let others = call.names().iter().filter(|name| *name != "socket");
-                let others: Vec<String> = others.cloned().collect();
-                call.set_names(others);
-            }
-            calls.retain(|call| !call.names().is_empty());
-            calls.extend(forking(self.config.is_extended)?);
-            seccomp.set_syscalls(Some(calls));
+            *self.profile.borrow_mut() = profile::name(&seccomp)?;
+            let seccomp = profile::of_zygote(&seccomp, self.config.is_extended)?;
             linux.set_seccomp(Some(seccomp));
         }
         spec.set_linux(Some(linux));
@@ -366,9 +334,17 @@ impl ZygoteContainer {
             micros = warm.import_micros,
             "zygote is warm"
         );
-        let (uid, gid) = (self.user.uid, self.user.gid);
+        let attached = Attached {
+            uid: self.user.uid,
+            gid: self.user.gid,
+            // One that was forked from another has that one's filter.
+            profile: match &descended {
+                Some((_, parent)) => parent.profile().to_owned(),
+                None => self.profile.borrow().clone(),
+            },
+        };
         let serve = tokio::task::spawn_local(async move {
-            let reason = broker.serve(&zygote, user.as_fd(), uid, gid).await;
+            let reason = broker.serve(&zygote, user.as_fd(), &attached).await;
             tracing::info!(error = %reason, "zygote is gone");
         });
         let modules: Vec<_> = warm
@@ -589,50 +565,6 @@ pub fn release(sandbox: &Path, id: &str) {
         // SAFETY: sends a signal to a process that was just found to be the one recorded.
         unsafe { libc::kill(pid, libc::SIGTERM) };
     }
-}
-
-/// What a zygote's profile allows beyond its pod's.
-fn forking(is_extended: bool) -> Result<Vec<LinuxSyscall>, Failure> {
-    let allow = |names: &[&str], arguments: Vec<LinuxSeccompArg>| {
-        let call = LinuxSyscallBuilder::default()
-            .names(names.iter().map(ToString::to_string).collect::<Vec<_>>())
-            .action(LinuxSeccompAction::ScmpActAllow);
-        match arguments.is_empty() {
-            true => call.build(),
-            false => call.args(arguments).build(),
-        }
-        .map_err(Failure::unknown)
-    };
-    let argument = LinuxSeccompArgBuilder::default;
-    let is = |index: usize, value: libc::c_int| {
-        let equal = argument()
-            .index(index)
-            .op(LinuxSeccompOperator::ScmpCmpEq)
-            .value(u64::from(value.unsigned_abs()));
-        equal.build().map_err(Failure::unknown)
-    };
-    let only_own = argument()
-        .index(0usize)
-        .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
-        .value(!u64::from(OWN.unsigned_abs()))
-        .value_two(0u64);
-    let only_own = only_own.build().map_err(Failure::unknown)?;
-    let mut calls = vec![
-        allow(&FORKING, vec![])?,
-        allow(&["unshare"], vec![only_own])?,
-        allow(
-            &["socket"],
-            vec![is(0, libc::AF_NETLINK)?, is(2, libc::NETLINK_ROUTE)?],
-        )?,
-    ];
-    for family in FAMILIES {
-        calls.push(allow(&["socket"], vec![is(0, family)?])?);
-    }
-    let by_children = JOINED_BY_CHILDREN.iter().filter(|_| is_extended);
-    for kind in JOINED.iter().chain(by_children) {
-        calls.push(allow(&["setns"], vec![is(1, *kind)?])?);
-    }
-    Ok(calls)
 }
 
 fn capabilities(set: HashSet<Capability>) -> Result<oci_spec::runtime::LinuxCapabilities, Failure> {

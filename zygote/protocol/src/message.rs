@@ -1,6 +1,6 @@
 //! The messages. See `docs/design.md`, "How a fork goes", for who says what when.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// To a zygote. The first message on its first channel is [`ToZygote::Configure`], sent by the shim of
 /// its pool; that channel alone may `Attach` others. A Function's shim speaks on an attached channel
@@ -133,12 +133,23 @@ pub struct ModuleImport {
 
 /// From the broker of a pool to a Function's shim that connected, with two descriptors: the shim's end
 /// of a channel to the zygote, and the zygote's user namespace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// The only user mapped in that namespace, as the host numbers it.
     pub uid: u32,
     /// The only group, likewise.
     pub gid: u32,
+    /// Name of the seccomp profile that the zygote is held to, by which shims know if it is that of their pod. Empty from a
+    /// release that does not tell; one that does not know it reads what comes before.
+    #[serde(deserialize_with = "if_there")]
+    pub profile: String,
+}
+
+/// The last field of a message that another release may end before.
+fn if_there<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
+    Ok(T::deserialize(deserializer).unwrap_or_default())
 }
 
 /// To a leaf, on its control channel, from the shim of its Function.
@@ -349,6 +360,35 @@ pub struct Phase {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn releases_with_and_without_a_profile_read_each_other() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Before {
+            uid: u32,
+            gid: u32,
+        }
+
+        let attached = Attached {
+            uid: 70_000,
+            gid: 3,
+            profile: "ab".into(),
+        };
+        let before = Before {
+            uid: 70_000,
+            gid: 3,
+        };
+        let bytes = postcard::to_stdvec(&attached).expect("bytes");
+        assert_eq!(postcard::from_bytes(&bytes), Ok(attached.clone()));
+        assert_eq!(postcard::from_bytes::<Before>(&bytes), Ok(before));
+        let bytes = &bytes[..bytes.len() - 3];
+        let untold = Attached {
+            profile: String::new(),
+            ..attached
+        };
+        assert_eq!(postcard::from_bytes(bytes), Ok(untold));
+        assert!(postcard::from_bytes::<Attached>(&bytes[..2]).is_err());
+    }
 
     #[test]
     fn releases_with_and_without_extras_read_each_other() {
