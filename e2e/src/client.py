@@ -111,7 +111,8 @@ def load(name, host, port, path):
                 key = repr(error)
             counts[key] += 1
 
-    thread = threading.Thread(target=run)
+    # A test that fails does not say `stop`: the load ends with the client.
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     loads[name] = (end, thread, counts)
     return True
@@ -151,7 +152,8 @@ def soak(name, host, port, kept=False, size=0, fail_every=0, pause=0.2):
         if connection:
             connection.close()
 
-    thread = threading.Thread(target=run)
+    # A test that fails does not say `stop`: the load ends with the client.
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     loads[name] = (end, thread, counts)
     return True
