@@ -64,7 +64,7 @@ e2e: install test-images ## end-to-end tests on the cluster
 	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan && \
-	for alone in soak faults nodes cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
+	for alone in soak faults nodes ctr cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || exit; done
 
 e2e-faults: install ## every fault once, as tests; a part of e2e
 	cargo build --locked -p sock-bench && RUST_BACKTRACE=0 cargo test --locked -p sock-e2e --test faults -- --test-threads 1
@@ -75,6 +75,9 @@ faults: install ## what faults cost, many rounds of each: a table, and target/fa
 
 soak: install ## twenty Functions under load for an hour (SOAK_SECONDS), with an account of what is kept
 	SOAK_SECONDS=$(or $(SOAK_SECONDS),3600) cargo test --locked -p sock-e2e --test soak -- --nocapture
+
+cycles: install ## two thousand containers by ctr, eight at once, and an account of the node (CYCLES)
+	CYCLES=$(or $(CYCLES),2000) cargo test --locked -p sock-e2e --test ctr -- --nocapture --test-threads 1
 
 test: lint unit fuzz guest e2e ## the whole suite
 

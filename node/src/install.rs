@@ -172,6 +172,9 @@ impl Installer {
         if written > 0 {
             tracing::info!(files = written, to = PAYLOAD, "copied");
         }
+        if payload::link(&self.host)? {
+            tracing::info!("containerd finds the runtime by its name");
+        }
         let process = Process::find(&self.host)?;
         if self.configurator.configure(&self.host, &process)? {
             tracing::info!(config = %process.config.display(), unit = process.unit, "restarting containerd");

@@ -2,8 +2,10 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::Read as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+
+use crate::host::Host;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{step} {path}: {source}{}", remedy(source))]
@@ -58,6 +60,36 @@ pub fn copy(from: &Path, to: &Path) -> Result<usize, Error> {
         written += usize::from(replace(&from.join(&file), &to.join(&file))?);
     }
     Ok(written)
+}
+
+/// Where containerd looks for programs before its PATH (its plugin `io.containerd.internal.v1.opt`, docs/managed-opt.md), and
+/// makes the directory itself.
+const PROGRAMS: &str = "/opt/containerd/bin";
+const SHIM: &str = "containerd-shim-sock-v1";
+
+fn shim() -> PathBuf {
+    Path::new(crate::install::PAYLOAD).join("bin").join(SHIM)
+}
+
+/// Lets containerd find the shim by the name of the runtime, `io.containerd.sock.v1`, for those who do without Kubernetes'
+/// configuration (`ctr run`, nerdctl). What somebody else has put there stays. Says if it was put there now.
+pub fn link(host: &Host) -> Result<bool, Error> {
+    let directory = host.path(PROGRAMS);
+    let link = directory.join(SHIM);
+    if !directory.is_dir() || fs::symlink_metadata(&link).is_ok() {
+        return Ok(false);
+    }
+    symlink(shim(), &link).step("link", &link)?;
+    Ok(true)
+}
+
+/// Takes that back.
+pub fn unlink(host: &Host) -> Result<(), Error> {
+    let link = host.path(PROGRAMS).join(SHIM);
+    if fs::read_link(&link).is_ok_and(|to| to == shim()) {
+        fs::remove_file(&link).step("remove", &link)?;
+    }
+    Ok(())
 }
 
 fn list(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<(), Error> {
@@ -144,6 +176,30 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
+
+    #[test]
+    fn containerd_finds_the_shim_where_it_looks_and_only_as_long_as_sock_is_there() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::at(root.path(), Path::new("/proc"));
+        // containerd has not been started, or looks elsewhere.
+        assert!(!link(&host).unwrap());
+        unlink(&host).unwrap();
+        let programs = root.path().join("opt/containerd/bin");
+        fs::create_dir_all(&programs).unwrap();
+        assert!(link(&host).unwrap());
+        assert!(!link(&host).unwrap());
+        let shim = programs.join("containerd-shim-sock-v1");
+        assert_eq!(
+            fs::read_link(&shim).unwrap(),
+            Path::new("/opt/sock/bin/containerd-shim-sock-v1")
+        );
+        unlink(&host).unwrap();
+        assert_eq!(fs::read_dir(&programs).unwrap().count(), 0);
+        fs::write(&shim, "somebody else's").unwrap();
+        assert!(!link(&host).unwrap());
+        unlink(&host).unwrap();
+        assert_eq!(fs::read_to_string(&shim).unwrap(), "somebody else's");
+    }
 
     #[test]
     fn a_second_copy_writes_nothing() {

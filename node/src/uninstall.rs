@@ -7,6 +7,7 @@ use crate::cgroup_moves;
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
 use crate::install::{PAYLOAD, READY};
+use crate::payload;
 use crate::registration::{self, Registration};
 
 /// The node cache and whatever else sock keeps on a node.
@@ -24,6 +25,8 @@ pub enum Error {
     Registration(#[from] registration::Error),
     #[error(transparent)]
     CgroupMoves(#[from] cgroup_moves::Error),
+    #[error(transparent)]
+    Payload(#[from] payload::Error),
     #[error("remove {path}: {source}")]
     Remove {
         path: PathBuf,
@@ -73,6 +76,7 @@ fn undo(host: &Host) -> Result<(), Error> {
     if cgroup_moves::favor(host, false)? {
         tracing::info!("cgroups are mounted without favordynmods");
     }
+    payload::unlink(host)?;
     for path in [PAYLOAD].iter().chain(&STATE) {
         let path = host.path(path);
         match fs::remove_dir_all(&path) {

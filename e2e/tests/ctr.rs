@@ -1,0 +1,147 @@
+//! containerd without Kubernetes: what `ctr` starts with `io.containerd.sock.v1` is as with runc, and a node that has made and
+//! ended many containers is as before. It looks at a whole node, so nothing else may run beside it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, ensure};
+use sock_e2e::{Node, inventory_of_quiet, until_as_before, workers};
+
+const SOCK: &str = "io.containerd.sock.v1";
+const RUNC: &str = "io.containerd.runc.v2";
+
+/// `$1`: the runtime. Each line that a container writes, and how `ctr` ended.
+const CASES: &str = r#"
+set -u
+runtime=$1
+image=docker.io/library/busybox:1.36
+on() { timeout 30 ctr -n k8s.io "$@" </dev/null 2>/dev/null; }
+run() {
+  echo "== $*"
+  options=$1; shift
+  on run --rm --runtime "$runtime" $options "$image" sock-ctr-case "$@"
+  echo "ended with $?"
+}
+run '' echo hello
+run '' sh -c 'exit 7'
+run '' sh -c 'kill -9 $$'
+run '--env NAME=value --cwd /tmp' sh -c 'echo $NAME; pwd'
+run '--user 1000:1000' sh -c 'id; grep Cap /proc/self/status'
+run '--read-only' sh -c 'touch /file 2>&1'
+run '--read-only --mount type=tmpfs,dst=/scratch,options=size=64k' sh -c 'head -c 100000 /dev/zero >/scratch/file; ls -l /scratch | tail -1 | tr -s " " | cut -d" " -f5'
+run '--mount type=bind,src=/etc/os-release,dst=/file,options=rbind:ro' sh -c 'wc -l </file; echo x >>/file'
+run '--net-host' sh -c 'readlink /proc/self/ns/net; cat /proc/sys/kernel/hostname'
+run '--user 1000:1000' sh -c 'echo out >/dev/stdout; echo error >/dev/stderr; ls /proc/self/fd | wc -l'
+run '' sh -c 'ls /dev; cut -d" " -f5 /proc/self/mountinfo | sort'
+run '--privileged' sh -c 'grep Cap /proc/self/status; mount | grep -c ro,'
+run '--cap-add CAP_SYS_TIME --cap-drop CAP_CHOWN' sh -c 'grep Cap /proc/self/status'
+run '--allow-new-privs' grep NoNewPrivs /proc/self/status
+run '--seccomp' sh -c 'grep Seccomp: /proc/self/status; unshare -U true 2>&1'
+run '--memory-limit 33554432' sh -c 'cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null'
+run '--rlimit-nofile 100' sh -c 'ulimit -n'
+run '--pid-file /run/sock-ctr-pid' true
+run '' /no/such/program
+
+id=sock-ctr-long
+on run --detach --runtime "$runtime" "$image" "$id" sleep 600; echo "detached $?"
+on task ls | awk -v id=$id '$1 == id { print $3 }'
+on task exec --exec-id one $id sh -c 'echo in; exit 3'; echo "exec $?"
+on task pause $id; on task ls | awk -v id=$id '$1 == id { print $3 }'
+on task resume $id; on task ls | awk -v id=$id '$1 == id { print $3 }'
+on task metrics $id | grep -c .
+on task ps $id | wc -l
+on task kill --signal TERM $id; echo "kill $?"
+on task kill --signal KILL $id; echo "kill $?"
+for try in $(seq 50); do on task ls | grep -q "$id.*STOPPED" && break; sleep 0.1; done
+on task delete $id; echo "delete $?"
+on container delete $id; echo "delete $?"
+rm -f /run/sock-ctr-pid
+"#;
+
+/// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.
+const CYCLES: &str = r#"
+set -u
+cycle='
+set -e
+id=sock-cycle-$1
+on() { timeout 60 ctr -n k8s.io "$@" </dev/null 2>&1; }
+on run --detach --runtime io.containerd.sock.v1 docker.io/library/busybox:1.36 $id sleep 600
+on task kill --signal KILL $id
+for try in $(seq 100); do
+  # It may not have ended yet.
+  on task delete $id >/dev/null && break
+  [ $try -lt 100 ]
+done
+on container delete $id'
+export cycle
+seq "$1" | xargs -P "$2" -I{} sh -c 'said=$(sh -c "$cycle" cycle {}) || echo "cycle {}: $said"' | head -20
+ctr -n k8s.io containers ls -q 2>/dev/null | grep sock-cycle- || true
+"#;
+
+/// What a node's containerd holds: descriptors and KiB of its own.
+fn containerd(node: &Node) -> Result<(u64, u64)> {
+    let script = r#"
+pid=$(pidof containerd)
+ls /proc/$pid/fd | wc -l
+awk '$1 == "Private_Dirty:" { print $2 }' /proc/$pid/smaps_rollup
+"#;
+    let text = node.shell(script, &[])?;
+    let mut numbers = text.lines().map(str::parse);
+    let mut next = || numbers.next().context("a number")?.context("a number");
+    Ok((next()?, next()?))
+}
+
+fn cases(text: &str) -> BTreeMap<&str, &str> {
+    text.split("== ")
+        .map(|case| case.split_once('\n').unwrap_or((case, "")))
+        .collect()
+}
+
+fn worker() -> Result<Node> {
+    workers()?.into_iter().next().context("a node")
+}
+
+#[test]
+fn what_ctr_starts_is_as_with_runc() -> Result<()> {
+    let node = worker()?;
+    let said = [RUNC, SOCK].map(|runtime| node.shell(CASES, &[runtime]));
+    let [runc, sock] = said;
+    let (runc, sock) = (runc?, sock?);
+    ensure!(runc.contains("ended with 7"), "{runc}");
+    let (runc, sock) = (cases(&runc), cases(&sock));
+    for (case, expected) in &runc {
+        let got = sock.get(case).copied().unwrap_or_default();
+        ensure!(
+            got == *expected,
+            "{case}\n=== runc\n{expected}\n=== sock\n{got}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn many_containers_that_come_and_go_leave_a_node_as_it_was() -> Result<()> {
+    let cycles = std::env::var("CYCLES").unwrap_or_else(|_| "200".to_owned());
+    let node = worker()?;
+    let nodes = std::slice::from_ref(&node);
+    // The first ones make what stays: directories of containerd's, the kernel's pools.
+    let failed = node.shell(CYCLES, &["8", "8"])?;
+    ensure!(failed.is_empty(), "{failed}");
+    let before = (inventory_of_quiet(nodes)?, containerd(&node)?);
+    let begun = std::time::Instant::now();
+    let failed = node.shell(CYCLES, &[&cycles, "8"])?;
+    ensure!(failed.is_empty(), "{failed}");
+    println!("{cycles} cycles in {:.0} s", begun.elapsed().as_secs_f64());
+    until_as_before(nodes, &before.0)?;
+    let after = containerd(&node)?;
+    println!(
+        "descriptors and KiB of containerd: {:?}, then {after:?}",
+        before.1
+    );
+    // It keeps connections to clients that have just gone for a moment.
+    ensure!(
+        after.0 <= before.1.0 + 8,
+        "containerd holds descriptors: {:?}, then {after:?}",
+        before.1
+    );
+    Ok(())
+}
