@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench simulate faults soak build payload extension images cluster install plugin lint unit fuzz guest e2e e2e-faults test-images test clean distclean
+.PHONY: help rust demo bench simulate faults soak cycles build payload extension images cluster install plugin lint unit fuzz guest e2e e2e-faults test-images test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12

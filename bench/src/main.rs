@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod cluster;
+mod containers;
 mod demo;
 mod faults;
 mod http;
@@ -26,6 +27,8 @@ use anyhow::{Context, Result, bail};
 const USAGE: &str = "usage:
   sock-bench run [--requests N] [--rounds N] [--out FILE] [--no-trace] [--keep]
       the figures, as a table and as JSON
+  sock-bench containers [--out FILE]
+      of these, what ordinary containers and pods cost
   sock-bench faults [--rounds N] [--only FAULT,FAULT] [--away SECONDS] [--out FILE]
       what each fault costs, and how long until all is whole again; it disturbs the whole cluster
   sock-bench tree [--out FILE] [--keep]
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
 fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     match arguments.next().as_deref() {
         Some("run") => run::run(&options(arguments)?),
+        Some("containers") => containers::run(&containers_options(arguments)?),
         Some("faults") => faults::run(&faults_options(arguments)?),
         Some("tree") => tree::run(&tree_options(arguments)?),
         Some("simulate") => simulate::run(&simulate_options(arguments)?),
@@ -98,6 +102,19 @@ fn faults_options(mut arguments: impl Iterator<Item = String>) -> Result<faults:
             "--only" => options.faults = value()?.split(',').map(fault).collect::<Result<_>>()?,
             "--away" => options.away = Duration::from_secs(count(&option, &value()?)? as u64),
             "--out" => options.out = value()?.into(),
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn containers_options(mut arguments: impl Iterator<Item = String>) -> Result<containers::Options> {
+    let mut options = containers::Options {
+        out: "target/containers.json".into(),
+    };
+    while let Some(option) = arguments.next() {
+        match &*option {
+            "--out" => options.out = value_of(&option, &mut arguments)?.into(),
             _ => bail!("unknown option {option}\n{USAGE}"),
         }
     }

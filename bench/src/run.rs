@@ -1,11 +1,12 @@
 //! The benchmark: sock and its peers on one node, alternately, in one run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::cluster::{self, Equipped, Node, Pod};
+use crate::containers;
 use crate::http::Request;
 use crate::measure::{
     answered, durations, load, megabytes, millis, packages_directory, weigh, when_idle,
@@ -84,14 +85,9 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn report(options: &Options, node: &Equipped, progress: &Progress) -> Result<()> {
-    let figures = measure(options, node, progress)?;
-    println!("\n{}", figures_table(&figures));
-    if let Some(directory) = options.out.parent() {
-        std::fs::create_dir_all(directory)?;
-    }
-    std::fs::write(&options.out, serde_json::to_string_pretty(&figures)? + "\n")
-        .with_context(|| options.out.display().to_string())?;
-    eprintln!("written: {}", options.out.display());
+    let mut figures = measure(options, node, progress)?;
+    figures.extend(containers::figures(node, progress)?);
+    tell(&figures, &options.out)?;
     if options.trace {
         for (name, sample, start) in traces(node, progress)? {
             println!(
@@ -101,6 +97,21 @@ fn report(options: &Options, node: &Equipped, progress: &Progress) -> Result<()>
             println!("{}", start.table(&sample));
         }
     }
+    Ok(())
+}
+
+/// Prints figures, and writes them.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn tell(figures: &[Figure], out: &Path) -> Result<()> {
+    println!("\n{}", figures_table(figures));
+    if let Some(directory) = out.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    std::fs::write(out, serde_json::to_string_pretty(figures)? + "\n")
+        .with_context(|| out.display().to_string())?;
+    eprintln!("written: {}", out.display());
     Ok(())
 }
 

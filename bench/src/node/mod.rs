@@ -2,6 +2,7 @@
 //! standard input, answering with one on standard output. Measured next to the pods, so that neither
 //! kubectl nor docker is in the figures.
 
+pub mod containers;
 pub mod first_answer;
 pub mod kill;
 pub mod load;
@@ -32,6 +33,9 @@ pub fn run(job: &str) -> Result<()> {
         "first-answer" => answer(|asked| first_answer::run(&asked)),
         "memory" => answer(|asked: Vec<memory::Pod>| memory::run(&asked)),
         "kill" => answer(|asked| kill::run(&asked)),
+        "runs" => answer(|asked| containers::runs(&asked)),
+        "starts" => answer(|asked| containers::starts(&asked)),
+        "lives" => answer(|asked| containers::lives(&asked)),
         "traffic" => traffic::run(),
         _ => bail!("no job is called {job}"),
     }
