@@ -121,13 +121,13 @@ fn to_zygote() -> impl Strategy<Value = ToZygote> {
 
 proptest! {
     #[test]
-    fn every_message_arrives_as_it_was_sent(leaf in from_leaf(), zygote in from_zygote(), to in to_zygote(), conn in any::<u64>(), (uid, gid) in any::<(u32, u32)>()) {
+    fn every_message_arrives_as_it_was_sent(leaf in from_leaf(), zygote in from_zygote(), to in to_zygote(), conn in any::<u64>(), (uid, gid) in any::<(u32, u32)>(), profile in ".*") {
         travels(&leaf)?;
         travels(&zygote)?;
         travels(&to)?;
         travels(&ToLeaf::Serve { conn })?;
         travels(&ToLeaf::Park { conn })?;
-        travels(&Attached { uid, gid })?;
+        travels(&Attached { uid, gid, profile })?;
     }
 
     #[test]
