@@ -57,6 +57,39 @@ on container delete $id; echo "delete $?"
 rm -f /run/sock-ctr-pid
 "#;
 
+/// `$1`: the runtime. What hooks see at their points, and how a container ends where one fails.
+const HOOKS: &str = r#"
+set -eu
+# containerd remembers for a while what was mounted where.
+at=/run/sock-ctr-hooks-$$
+mkdir -p $at/root
+ctr -n k8s.io images mount docker.io/library/busybox:1.36 $at/root >/dev/null 2>&1
+trap 'ctr -n k8s.io images unmount --rm $at/root >/dev/null 2>&1; rm -rf $at' EXIT
+spec() { # KIND SCRIPT
+  ctr oci spec 2>/dev/null | jq --arg at $at --arg kind "$1" --arg script "$2" '
+    def hook($name; $script): [{path: "/bin/sh", args: ["sh", "-c", $script, $name], env: ["PATH=/usr/bin:/bin"]}];
+    def note($name): "jq -c \"[.status, (.pid > 1), .id]\" >\($at)/state; test -e \($at)/root/proc/self && mounted=mounted; "
+      + "echo \($name) $(cat \($at)/state) ${mounted-} $(readlink /proc/self/ns/net | grep -cF $(readlink /proc/1/ns/net)) >>\($at)/seen";
+    .process.args = ["/bin/echo", "program"] | .process.env = ["PATH=/bin"] | .root = {path: "\($at)/root", readonly: true}
+    | .hooks = {
+        prestart: hook("prestart"; note("prestart")), createRuntime: hook("createRuntime"; note("createRuntime")),
+        createContainer: hook("createContainer"; "jq -c .status >>\($at)/seen; test -e \($at)/root/proc/self && echo mounted >>\($at)/seen"),
+        startContainer: hook("startContainer"; "echo startContainer $(ls /root | wc -l)"),
+        poststart: hook("poststart"; "echo poststart >>\($at)/seen"), poststop: hook("poststop"; "jq -c [.status,.id] >>\($at)/seen"),
+      }
+    | if $kind != "" then .hooks[$kind] = hook($kind; $script) else . end' >$at/config.json
+}
+run() {
+  rm -f $at/seen
+  timeout 30 ctr -n k8s.io run --rm --runtime "$1" --config $at/config.json sock-ctr-hooks </dev/null 2>$at/error && echo "ended with 0" || echo "failed"
+  cat $at/seen
+  ctr -n k8s.io containers rm sock-ctr-hooks >/dev/null 2>&1 || true
+}
+spec "" ""; run "$1"
+spec createRuntime 'echo no device >&2; exit 3'; run "$1"; grep -o "no device" $at/error | head -1
+spec startContainer 'exit 3'; run "$1" | head -2
+"#;
+
 /// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.
 const CYCLES: &str = r#"
 set -u
@@ -115,6 +148,16 @@ fn what_ctr_starts_is_as_with_runc() -> Result<()> {
             "{case}\n=== runc\n{expected}\n=== sock\n{got}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn hooks_run_where_and_when_runc_runs_them() -> Result<()> {
+    let node = worker()?;
+    let [runc, sock] = [RUNC, SOCK].map(|runtime| node.shell(HOOKS, &[runtime]));
+    let (runc, sock) = (runc?, sock?);
+    ensure!(runc.contains("no device"), "{runc}");
+    ensure!(runc == sock, "=== runc\n{runc}\n=== sock\n{sock}");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec}
 
 use crate::error::Step;
 use crate::holder::{HolderKind, holder_program};
+use crate::hook::{self, Kind};
 use crate::launch::{Caller, ExecPlan, Plan, Program, Stdio};
 use crate::namespace::{self, Wanted};
 use crate::{Error, Result, capability, rlimit, root, seccomp};
@@ -139,7 +140,16 @@ pub(crate) fn first(
         std::fs::write(&path, value).at("set sysctl", path)?;
     }
     if wanted.creates(Type::Mount) {
-        root::enter(&plan.root, spec, &plan.cgroups, plan.nodev_root)?;
+        root::enter(&plan.root, spec, &plan.cgroups, plan.nodev_root, || {
+            let Some(container) = &plan.identity else {
+                return Ok(());
+            };
+            if hook::has(spec, &[Kind::Prestart, Kind::CreateRuntime]) {
+                caller.mounted()?;
+                caller.hear();
+            }
+            hook::run(spec, Kind::CreateContainer, container, own_pid())
+        })?;
     }
     if let Some(user) = user {
         namespace::join(&user, Type::User)?;
@@ -165,6 +175,9 @@ pub(crate) fn first(
         Program::Specified => {
             let process = process.ok_or_else(|| Error::spec("process", "is missing"))?;
             become_user(process, prepared.seccomp.as_ref())?;
+            if let Some(container) = &plan.identity {
+                hook::run(spec, Kind::StartContainer, container, own_pid())?;
+            }
             execute(process)
         }
         Program::Holder(kind) => {
@@ -177,6 +190,10 @@ pub(crate) fn first(
             execute_holder(prepared.holder.as_ref(), kind)
         }
     }
+}
+
+fn own_pid() -> i32 {
+    rustix::process::getpid().as_raw_pid()
 }
 
 /// A further process.

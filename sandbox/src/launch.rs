@@ -24,6 +24,7 @@ use rustix::net::{
 
 use crate::error::Step;
 use crate::holder::HolderKind;
+use crate::hook::Identity;
 use crate::init;
 use crate::namespace::{self, Wanted};
 use crate::root::Root;
@@ -91,6 +92,8 @@ pub struct Plan<'a> {
     pub outer: Option<Outer>,
     /// Device files of the image are none. For containers whose cgroup does not control which devices may be opened.
     pub nodev_root: bool,
+    /// What the specification's hooks are told. Without it none are run.
+    pub identity: Option<Identity>,
     /// On cgroup version 1: the container's directories, to be shown at the specification's cgroup mount.
     pub cgroups: Vec<(String, PathBuf)>,
 }
@@ -115,6 +118,8 @@ pub struct ExecPlan<'a> {
 /// News from a child.
 #[derive(Debug)]
 pub enum Progress {
+    /// Everything is mounted, and the hooks that want to see that are to be run. It waits for [`Launched::proceed`].
+    Mounted,
     /// Everything is made. The descriptor is the master side of the terminal, if one is wanted.
     Created(Option<OwnedFd>),
     /// The program runs.
@@ -184,6 +189,7 @@ impl Launched {
         let text = String::from_utf8_lossy(&bytes[..got.bytes]);
         Ok(match &*text {
             "" => Progress::Started,
+            "mounted" => Progress::Mounted,
             "created" => Progress::Created(fd),
             other => Progress::Failed(Error::Child(other.to_string())),
         })
@@ -230,6 +236,11 @@ impl Caller {
         )
         .step("tell", "caller")
         .map(drop)
+    }
+    pub(crate) fn mounted(&self) -> Result<()> {
+        rustix::net::send(&self.0, b"mounted", SendFlags::NOSIGNAL)
+            .step("tell", "caller")
+            .map(drop)
     }
     pub(crate) fn failed(&self, error: &Error) {
         let mut text = error.to_string();
@@ -578,12 +589,9 @@ fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
 /// The same by a process in the outer user namespace: from further out it is refused (`proc_uid_map_write`,
 /// kernel/user_namespace.c).
 fn map_nested_user(outer: &OwnedFd, pid: i32, mapping: UserMapping) -> Result<()> {
-    let helper = fork_child(0, Birthplace::Here, |caller| {
-        init::undumpable();
+    let helper = helper(|| {
         namespace::join(outer, Type::User)?;
-        map_user(pid, mapping)?;
-        caller.created(None)?;
-        init::leave(0)
+        map_user(pid, mapping)
     })?;
     let outcome = helper.wait_progress();
     // SAFETY: reaps a child that ends at once.
@@ -591,8 +599,20 @@ fn map_nested_user(outer: &OwnedFd, pid: i32, mapping: UserMapping) -> Result<()
     match outcome? {
         Progress::Created(_) => Ok(()),
         Progress::Failed(e) => Err(e),
-        Progress::Started => Err(Error::Child("the user mapping was not written".into())),
+        Progress::Started | Progress::Mounted => {
+            Err(Error::Child("the user mapping was not written".into()))
+        }
     }
+}
+
+/// Has something done by a process of its own, which then ends: [`Progress::Created`] when it is done. Whoever calls reaps it.
+pub(crate) fn helper(work: impl FnOnce() -> Result<()>) -> Result<Launched> {
+    fork_child(0, Birthplace::Here, |caller| {
+        init::undumpable();
+        work()?;
+        caller.created(None)?;
+        init::leave(0)
+    })
 }
 
 /// How readily the kernel kills the process for want of memory: as the pod says, and not as the shim has it, which is never to

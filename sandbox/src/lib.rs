@@ -11,6 +11,7 @@ mod capability;
 pub mod cgroup;
 mod error;
 mod holder;
+pub mod hook;
 mod init;
 pub mod launch;
 pub mod namespace;

@@ -718,12 +718,14 @@ fn copy_directory(from: &OwnedFd, to: &OwnedFd) -> std::io::Result<()> {
 }
 
 /// Builds the root in the calling process's own mount namespace and makes it the root directory.
-/// `cgroups` are the container's directories by hierarchy name on version 1, empty on version 2.
+/// `cgroups` are the container's directories by hierarchy name on version 1, empty on version 2. `mounted` is done when all is
+/// there, and the root directory still the host's.
 pub(crate) fn enter(
     root: &Root,
     spec: &Spec,
     cgroups: &[(String, PathBuf)],
     nodev: bool,
+    mounted: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let linux = spec.linux().as_ref();
     let wanted = linux.and_then(|l| l.rootfs_propagation().as_deref());
@@ -752,6 +754,7 @@ pub(crate) fn enter(
                 &["size=0k".into(), "nr_inodes=2".into(), "mode=555".into()],
                 at,
             )?;
+            mounted()?;
             return pivot(at);
         }
         Root::Mounts { target, mounts } => (target.clone(), mounts),
@@ -862,6 +865,7 @@ pub(crate) fn enter(
         )?;
     }
     drop(builder);
+    mounted()?;
     pivot(&target)?;
     if let Some(flags) = match wanted {
         Some("shared" | "rshared") => Some(libc::MS_SHARED | libc::MS_REC),

@@ -46,6 +46,7 @@ fn main() {
             recursive_read_only,
         ),
         ("a_profile_forbids_a_system_call", profile_forbids),
+        ("hooks_run_at_their_points_and_places", hooks_at_points),
         (
             "a_label_is_not_written_to_what_an_image_has_at_proc",
             label_needs_proc,
@@ -174,6 +175,7 @@ fn plan(spec: &Spec, root: Root, program: Program) -> Plan<'_> {
         mapping: None,
         outer: None,
         nodev_root: false,
+        identity: None,
         cgroups: Vec::new(),
     }
 }
@@ -185,13 +187,55 @@ fn go(child: &Launched) -> Result<Option<OwnedFd>, String> {
         Progress::Created(terminal) => terminal,
         Progress::Failed(e) => return Err(e.to_string()),
         Progress::Started => return Err("ended early".into()),
+        Progress::Mounted => return Err("no hook asks for that".into()),
     };
     child.start().unwrap();
     match child.wait_progress().unwrap() {
         Progress::Started => Ok(terminal),
         Progress::Failed(e) => Err(e.to_string()),
-        Progress::Created(_) => Err("created twice".into()),
+        Progress::Created(_) | Progress::Mounted => Err("created twice".into()),
     }
+}
+
+fn hooks_at_points() {
+    let image = Image::new();
+    let seen = tempfile::tempdir().unwrap();
+    let seen_at = seen.path().display().to_string();
+    let hook =
+        |script: String| json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "timeout": 10}]);
+    let root = image.0.path().display().to_string();
+    // In the container's mounts, before they are its root: its /data is below the root, and files of the host are there.
+    let outside = format!("ls {root}/data >{seen_at}/outside && echo $$ >>{seen_at}/outside");
+    let inside = "/bin/busybox touch /tmp/hook && exit 0".to_owned();
+    let mut spec = spec("ls /tmp; exit 0");
+    spec["hooks"] = json!({
+        "prestart": hook("exit 1".into()), "createContainer": hook(outside), "startContainer": hook(inside),
+    });
+    spec["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/data", "type": "bind", "source": "/etc", "options": ["rbind", "ro"],
+    }));
+    let spec: Spec = serde_json::from_value(spec).unwrap();
+    let (mut out, theirs) = pipe();
+    let mut plan = plan(&spec, image.root(), Program::Specified);
+    plan.stdio.stdout = Some(theirs);
+    plan.identity = Some(sock_sandbox::hook::Identity {
+        id: "c".into(),
+        bundle: "/".into(),
+    });
+    let child = launch(plan).unwrap();
+    child.proceed().unwrap();
+    assert!(matches!(child.wait_progress().unwrap(), Progress::Mounted));
+    assert!(!seen.path().join("outside").exists(), "it waits");
+    // The caller runs those of the host.
+    assert!(go(&child).unwrap().is_none());
+    assert_eq!(wait(child.pid), 0);
+    let outside = fs::read_to_string(seen.path().join("outside")).unwrap();
+    assert!(outside.contains("passwd"), "{outside}");
+    let number: i32 = outside.lines().last().unwrap().parse().unwrap();
+    assert!(number < 10, "in the container's PID namespace: {number}");
+    let mut said = String::new();
+    out.read_to_string(&mut said).unwrap();
+    assert!(said.lines().any(|line| line == "hook"), "{said}");
 }
 
 fn wait(pid: i32) -> i32 {

@@ -12,6 +12,15 @@ use oci_spec::{OciSpecError, runtime::LinuxSeccompAction as Action};
 
 /// As containerd names the form of what follows (typeurl).
 const KIND: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+/// Points of a container's life at which programs are run that its specification names.
+const HOOKS: [&str; 6] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
 /// Versions of the OCI runtime specification.
 const VERSIONS: (&str, &str) = ("1.0.0", "1.3.0");
 
@@ -77,7 +86,7 @@ fn features() -> Result<Features, OciSpecError> {
     FeaturesBuilder::default()
         .oci_version_min(VERSIONS.0)
         .oci_version_max(VERSIONS.1)
-        .hooks(Vec::new())
+        .hooks(HOOKS.map(str::to_owned).to_vec())
         .mount_options(sock_sandbox::root::mount_options())
         .linux(linux)
         .build()

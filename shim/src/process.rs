@@ -11,6 +11,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::async_fd::watch;
+use crate::children::Claim;
 use crate::stdio::{Console, Kept, Paths};
 use crate::task::Failure;
 
@@ -106,18 +107,28 @@ impl Process {
         Ok(launched)
     }
 
-    /// Lets the child build what it needs, and waits until it has.
+    /// Lets the child build what it needs, and waits until it has. `mounted` is done when it has mounted everything, if its hooks
+    /// ask for that.
     ///
     /// # Errors
-    /// What the child says went wrong; it is gone then.
-    pub async fn create(&self) -> Result<(), Failure> {
+    /// What the child says went wrong; it is gone then. Or what went wrong in `mounted`; it waits then.
+    pub async fn create(
+        &self,
+        mounted: impl Future<Output = Result<(), Failure>>,
+    ) -> Result<(), Failure> {
         let launched = self
             .launched
             .borrow()
             .clone()
             .ok_or_else(|| Failure::precondition("the process was not launched"))?;
         launched.proceed()?;
-        match progress(&launched).await? {
+        let mut news = progress(&launched).await?;
+        if matches!(news, Progress::Mounted) {
+            mounted.await?;
+            launched.proceed()?;
+            news = progress(&launched).await?;
+        }
+        match news {
             Progress::Created(terminal) => {
                 if let Some(master) = terminal {
                     *self.console.borrow_mut() = Some(Console::attach(master, &self.paths)?);
@@ -127,6 +138,7 @@ impl Process {
             }
             Progress::Failed(e) => Err(Failure::unknown(e)),
             Progress::Started => Err(Failure::unknown("the process ended before it was created")),
+            Progress::Mounted => Err(Failure::unknown("the process reported twice")),
         }
     }
 
@@ -153,7 +165,9 @@ impl Process {
                 Ok(())
             }
             Progress::Failed(e) => Err(Failure::unknown(e)),
-            Progress::Created(_) => Err(Failure::unknown("the process reported twice")),
+            Progress::Created(_) | Progress::Mounted => {
+                Err(Failure::unknown("the process reported twice"))
+            }
         }
     }
 
@@ -267,7 +281,24 @@ pub(crate) async fn run_program(
     launched.start()?;
     match progress(launched).await? {
         Progress::Failed(e) => Ok(Some(e)),
-        Progress::Created(_) | Progress::Started => Ok(None),
+        Progress::Created(_) | Progress::Mounted | Progress::Started => Ok(None),
+    }
+}
+
+/// Waits for a child that does something for the shim and ends, and reaps it.
+pub(crate) async fn done(helper: Launched) -> Result<(), Failure> {
+    let _claim = Claim::new(helper.pid);
+    let news = progress(&helper).await;
+    let ended = watch(helper.pidfd.try_clone()?, Interest::READABLE)?;
+    while wait(ended.get_ref()).is_none() {
+        ended.readable().await?.clear_ready();
+    }
+    match news? {
+        Progress::Created(_) => Ok(()),
+        Progress::Failed(e) => Err(Failure::unknown(e)),
+        Progress::Mounted | Progress::Started => {
+            Err(Failure::unknown("a helper ended without a word"))
+        }
     }
 }
 

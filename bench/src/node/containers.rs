@@ -174,7 +174,8 @@ struct Image(PathBuf);
 
 impl Image {
     fn mounted(name: &str) -> Result<Image> {
-        let at = Path::new(WORK).join("image");
+        // containerd remembers for a while what was mounted where.
+        let at = Path::new(WORK).join(format!("image-{}", std::process::id()));
         fs::create_dir_all(&at)?;
         let path = at.to_str().context("a path")?;
         ctr(&["images", "mount", name, path])?;

@@ -246,6 +246,7 @@ impl ZygoteContainer {
             extra: Vec::new(),
             mapping: Some(self.user),
             outer,
+            identity: None,
             nodev_root: false,
             cgroups: Vec::new(),
         })?;

@@ -8,6 +8,7 @@ use containerd_shim::api::{CreateTaskRequest, CreateTaskResponse};
 use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sock_sandbox::cgroup::{Cgroup, Location};
+use sock_sandbox::hook::{self, Identity, Kind};
 use sock_sandbox::root::{Root, RootMount};
 use sock_sandbox::{HolderKind, Plan, Program, namespace};
 
@@ -17,7 +18,7 @@ use crate::container::Container;
 use crate::crash::{self, Trace};
 use crate::devices::{all_allowed, forbid_making};
 use crate::pod::Pod;
-use crate::process::Process;
+use crate::process::{self, Process};
 use crate::role::Role;
 use crate::service::{SANDBOX_ID, load_spec};
 use crate::stdio::{self, Paths};
@@ -156,7 +157,7 @@ async fn build(
         root: if matches!(container.role, Role::Sandbox) {
             Root::Empty
         } else {
-            root(&container.bundle, request)
+            root(container, request)
         },
         program,
         stdio: streams,
@@ -164,6 +165,7 @@ async fn build(
         mapping: None,
         outer: None,
         nodev_root: !container.devices_guarded,
+        identity: Some(identity(container)),
         cgroups: future.version_1_directories(),
     })?;
     let launched = container.init.adopt(launched)?;
@@ -175,10 +177,31 @@ async fn build(
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
     drop(launched);
-    let created = container.init.create().await;
+    let mounted = hooks(container, &[Kind::Prestart, Kind::CreateRuntime]);
+    let created = container.init.create(mounted).await;
     // A terminal's own end of the output is there since then.
     drop(readers);
     created
+}
+
+fn identity(container: &Container) -> Identity {
+    Identity {
+        id: container.id.clone(),
+        bundle: container.bundle.clone(),
+    }
+}
+
+/// Runs hooks of a container on the host.
+pub(super) async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
+    if !hook::has(&container.spec, kinds) {
+        return Ok(());
+    }
+    let pid = match kinds {
+        [Kind::Poststop] => 0,
+        _ => container.init.pid(),
+    };
+    let helper = hook::launch(&container.spec, kinds, &identity(container), pid)?;
+    process::done(helper).await
 }
 
 fn network(spec: &Spec) -> Option<std::path::PathBuf> {
@@ -193,9 +216,13 @@ fn network(spec: &Spec) -> Option<std::path::PathBuf> {
         .filter(|p| !p.as_os_str().is_empty())
 }
 
-fn root(bundle: &Path, request: &CreateTaskRequest) -> Root {
+/// Where containerd has nothing to mount, the specification says where the files are.
+fn root(container: &Container, request: &CreateTaskRequest) -> Root {
+    let named = container.spec.root().as_ref();
+    let named = named.filter(|_| request.rootfs.is_empty());
+    let place = named.map_or(Path::new("rootfs"), |root| root.path());
     Root::Mounts {
-        target: bundle.join("rootfs"),
+        target: container.bundle.join(place),
         mounts: request
             .rootfs
             .iter()
@@ -251,6 +278,9 @@ async fn abandon(container: &Container) {
         super::delete::remove_cgroup(&cgroup).await;
     }
     container.finish_role(255);
+    if let Err(error) = hooks(container, &[Kind::Poststop]).await {
+        tracing::warn!(container = container.id, %error, "a hook failed");
+    }
     if let Some(used) = &container.used {
         used.end();
     }

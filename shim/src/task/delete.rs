@@ -6,7 +6,9 @@ use std::time::Duration;
 use containerd_shim::api::{DeleteRequest, DeleteResponse, Empty, ShutdownRequest};
 use containerd_shim::protos::events::task::TaskDelete;
 use sock_sandbox::cgroup::Cgroup;
+use sock_sandbox::hook::Kind;
 
+use super::create::hooks;
 use super::{Failure, timestamp};
 use crate::children::Claim;
 use crate::container::Container;
@@ -43,6 +45,9 @@ pub(super) async fn delete(
     };
     if request.exec_id.is_empty() {
         clean(&container).await;
+        if let Err(error) = hooks(&container, &[Kind::Poststop]).await {
+            tracing::warn!(container = container.id, %error, "a hook failed");
+        }
         pod.containers.borrow_mut().remove(&request.id);
         let mut event = TaskDelete::new();
         event.set_container_id(request.id);

@@ -104,7 +104,7 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     let launched = process.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
     drop(launched);
-    process.create().await?;
+    process.create(std::future::ready(Ok(()))).await?;
     // A terminal's own end of the output is there since then.
     drop(readers);
     process.start().await

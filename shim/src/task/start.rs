@@ -6,11 +6,13 @@ use containerd_shim::api::{StartRequest, StartResponse};
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskStart};
 
 use super::Failure;
+use super::create::hooks;
 use crate::children::Claim;
 use crate::container::Container;
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::role::Role;
+use sock_sandbox::hook::Kind;
 
 pub(super) async fn start(pod: Rc<Pod>, request: StartRequest) -> Result<StartResponse, Failure> {
     let container = pod.container(&request.id)?;
@@ -51,6 +53,10 @@ async fn first(
     event.set_container_id(container.id.clone());
     event.set_pid(process.pid().unsigned_abs());
     pod.events.publish(event);
+    // As the specification has it, what it does goes on without.
+    if let Err(error) = hooks(&container, &[Kind::Poststart]).await {
+        tracing::warn!(container = container.id, %error, "a hook failed");
+    }
     // Only now: its end must not be told before its start.
     pod.watch(container, process.clone());
     Ok(())
