@@ -3,7 +3,7 @@
 # of Debian packages, kind's own files and the programs of tools/.
 
 NODE_PACKAGES=(systemd conntrack iptables nftables iproute2 ethtool util-linux mount kmod libseccomp2 e2fsprogs bash
-  ca-certificates curl jq procps socat crun)
+  ca-certificates curl jq procps socat)
 NODE_SUITE=bookworm
 
 # Sets NODE_IMAGE, and makes sure that docker has it.
