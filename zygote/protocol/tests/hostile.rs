@@ -27,10 +27,10 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// What was understood can be said again, and is understood as the same.
 /// A last field that another release does not send is said as nothing, in one byte.
 const UNSAID: usize = 1;
 
+/// What was understood can be said again, and is understood as the same.
 fn understood<M: Serialize + DeserializeOwned + PartialEq + Debug>(
     bytes: &[u8],
 ) -> Result<(), TestCaseError> {
