@@ -14,7 +14,7 @@ use crate::node::containers::{Life, Lives, Runs, Starts};
 use crate::node::memory::Memory;
 use crate::objects;
 use crate::progress::Progress;
-use crate::run::tell;
+use crate::run::{counted, tell};
 use crate::stats::{Figure, Samples};
 
 /// What to do.
@@ -127,12 +127,7 @@ pub fn figures(node: &Equipped, progress: &Progress) -> Result<Vec<Figure>> {
             seconds: SECONDS,
         };
         let counts: Vec<u64> = node.job("starts", &starts)?;
-        let counts = counts
-            .iter()
-            .skip(1)
-            .map(|count| Ok(f64::from(u32::try_from(*count)?)))
-            .collect::<Result<_>>()?;
-        Samples::new(counts).context("no seconds")
+        counted(&counts)
     };
     figures.push(Figure::new(
         "starts_per_second",

@@ -356,7 +356,10 @@ fn measure(options: &Options, node: &Equipped, progress: &Progress) -> Result<Ve
 }
 
 /// By the second, without the first, in which caches get warm.
-fn counted(counts: &[u64]) -> Result<Samples> {
+///
+/// # Errors
+/// If there is no second.
+pub fn counted(counts: &[u64]) -> Result<Samples> {
     let counts = counts.iter().skip(1).map(|count| {
         let count = u32::try_from(*count)?;
         Ok(f64::from(count))

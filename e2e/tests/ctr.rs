@@ -83,7 +83,8 @@ run() {
   rm -f $at/seen
   timeout 30 ctr -n k8s.io run --rm --runtime "$1" --config $at/config.json sock-ctr-hooks </dev/null 2>$at/error && echo "ended with 0" || echo "failed"
   cat $at/seen
-  ctr -n k8s.io containers rm sock-ctr-hooks >/dev/null 2>&1 || true
+  left=$(ctr -n k8s.io containers ls -q 2>/dev/null)
+  printf '%s\n' "$left" | sed -n 's/^sock-ctr-hooks$/a container is left/p'
 }
 spec "" ""; run "$1"
 spec createRuntime 'echo no device >&2; exit 3'; run "$1"; grep -o "no device" $at/error | head -1
@@ -92,7 +93,7 @@ spec startContainer 'exit 3'; run "$1" | head -2
 
 /// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.
 const CYCLES: &str = r#"
-set -u
+set -eu
 cycle='
 set -e
 id=sock-cycle-$1
@@ -107,7 +108,8 @@ done
 on container delete $id'
 export cycle
 seq "$1" | xargs -P "$2" -I{} sh -c 'said=$(sh -c "$cycle" cycle {}) || echo "cycle {}: $said"' | head -20
-ctr -n k8s.io containers ls -q 2>/dev/null | grep sock-cycle- || true
+left=$(ctr -n k8s.io containers ls -q 2>/dev/null)
+printf '%s\n' "$left" | sed -n '/^sock-cycle-/p'
 "#;
 
 /// What a node's containerd holds: descriptors and KiB of its own.

@@ -65,7 +65,8 @@ impl Broker {
         })
     }
 
-    /// Gives everyone who connects a channel to `zygote`, its user namespace and what is said of it, until the zygote is gone. Yields the reason for the end.
+    /// Gives everyone who connects a channel to `zygote`, its user namespace and what is said of it,
+    /// until the zygote is gone. Yields the reason for the end.
     pub async fn serve(&self, zygote: &Zygote, user: BorrowedFd<'_>, attached: &Attached) -> Error {
         loop {
             let peer = match self.accept().await {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, KillRequest, Mount, ShutdownRequest, StartRequest,
     WaitRequest,
@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use ttrpc::context::{Context, with_timeout};
 
+use super::rate::repeated;
 use super::{micros, output};
 
 /// containerd's own namespace of what is made here.
@@ -118,36 +119,13 @@ pub fn runs(runs: &Runs) -> Result<Vec<Vec<u64>>> {
 /// # Errors
 /// If one of them fails.
 pub fn starts(starts: &Starts) -> Result<Vec<u64>> {
-    let begin = Instant::now();
-    let client = |client: usize| -> Result<Vec<u64>> {
-        let mut counts = vec![0; starts.seconds];
-        for number in 0.. {
-            once(
-                &starts.runtime,
-                &starts.image,
-                &format!("sock-bench-{client}-{number}"),
-            )?;
-            let second = usize::try_from(begin.elapsed().as_secs()).unwrap_or(usize::MAX);
-            match counts.get_mut(second) {
-                Some(count) => *count += 1,
-                None => break,
-            }
-        }
-        Ok(counts)
-    };
-    let counts = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..starts.at_once)
-            .map(|number| scope.spawn(move || client(number)))
-            .collect();
-        let joined = threads.into_iter().map(|thread| match thread.join() {
-            Ok(counts) => counts,
-            Err(_) => bail!("a client panicked"),
-        });
-        joined.collect::<Result<Vec<_>>>()
-    })?;
-    Ok((0..starts.seconds)
-        .map(|second| counts.iter().map(|client| client[second]).sum())
-        .collect())
+    repeated(starts.at_once, starts.seconds, |number| {
+        once(
+            &starts.runtime,
+            &starts.image,
+            &format!("sock-bench-{number}"),
+        )
+    })
 }
 
 /// Of each shim.

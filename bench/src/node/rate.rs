@@ -48,14 +48,28 @@ pub struct Loop {
 /// # Errors
 /// If one of them is wrong.
 pub fn run(rate: &Rate) -> Result<Vec<u64>> {
-    let begin = Instant::now();
-    let client = |client: usize| -> Result<Vec<u64>> {
-        let mut counts = vec![0; rate.seconds];
-        for number in (client..).step_by(rate.clients) {
-            let request = rate.request.number(number);
-            let answer = Connection::open(rate.address)?.ask(&request)?;
-            request.check(&answer)?;
-            match second(begin, rate.seconds) {
+    repeated(rate.clients, rate.seconds, |number| {
+        let request = rate.request.number(number);
+        let answer = Connection::open(rate.address)?.ask(&request)?;
+        request.check(&answer)
+    })
+}
+
+/// How often `once` was done in each second, by so many clients at once. It is given a number that nobody else has.
+///
+/// # Errors
+/// Of the first that fails.
+pub fn repeated(
+    clients: usize,
+    seconds: usize,
+    once: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<Vec<u64>> {
+    let (begin, once) = (Instant::now(), &once);
+    let client = move |client: usize| -> Result<Vec<u64>> {
+        let mut counts = vec![0; seconds];
+        for number in (client..).step_by(clients) {
+            once(number)?;
+            match second(begin, seconds) {
                 Some(second) => counts[second] += 1,
                 None => break,
             }
@@ -63,7 +77,7 @@ pub fn run(rate: &Rate) -> Result<Vec<u64>> {
         Ok(counts)
     };
     let counts = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..rate.clients)
+        let threads: Vec<_> = (0..clients)
             .map(|number| scope.spawn(move || client(number)))
             .collect();
         let joined = threads.into_iter().map(|thread| match thread.join() {
@@ -72,7 +86,7 @@ pub fn run(rate: &Rate) -> Result<Vec<u64>> {
         });
         joined.collect::<Result<Vec<_>>>()
     })?;
-    Ok(sum(&counts, rate.seconds))
+    Ok(sum(&counts, seconds))
 }
 
 /// Forks in each second, of all processes together.

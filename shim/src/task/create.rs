@@ -191,8 +191,15 @@ fn identity(container: &Container) -> Identity {
     }
 }
 
+/// Runs hooks of what has happened already: one that fails is only told of, as the specification has it.
+pub(super) async fn hooks_after(container: &Container, kind: Kind) {
+    if let Err(error) = hooks(container, &[kind]).await {
+        tracing::warn!(container = container.id, %error, "a hook failed");
+    }
+}
+
 /// Runs hooks of a container on the host.
-pub(super) async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
+async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
     if !hook::has(&container.spec, kinds) {
         return Ok(());
     }
@@ -278,9 +285,7 @@ async fn abandon(container: &Container) {
         super::delete::remove_cgroup(&cgroup).await;
     }
     container.finish_role(255);
-    if let Err(error) = hooks(container, &[Kind::Poststop]).await {
-        tracing::warn!(container = container.id, %error, "a hook failed");
-    }
+    hooks_after(container, Kind::Poststop).await;
     if let Some(used) = &container.used {
         used.end();
     }

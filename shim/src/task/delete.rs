@@ -8,7 +8,7 @@ use containerd_shim::protos::events::task::TaskDelete;
 use sock_sandbox::cgroup::Cgroup;
 use sock_sandbox::hook::Kind;
 
-use super::create::hooks;
+use super::create::hooks_after;
 use super::{Failure, timestamp};
 use crate::children::Claim;
 use crate::container::Container;
@@ -45,9 +45,7 @@ pub(super) async fn delete(
     };
     if request.exec_id.is_empty() {
         clean(&container).await;
-        if let Err(error) = hooks(&container, &[Kind::Poststop]).await {
-            tracing::warn!(container = container.id, %error, "a hook failed");
-        }
+        hooks_after(&container, Kind::Poststop).await;
         pod.containers.borrow_mut().remove(&request.id);
         let mut event = TaskDelete::new();
         event.set_container_id(request.id);

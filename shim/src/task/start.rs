@@ -6,7 +6,7 @@ use containerd_shim::api::{StartRequest, StartResponse};
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskStart};
 
 use super::Failure;
-use super::create::hooks;
+use super::create::hooks_after;
 use crate::children::Claim;
 use crate::container::Container;
 use crate::pod::Pod;
@@ -53,10 +53,7 @@ async fn first(
     event.set_container_id(container.id.clone());
     event.set_pid(process.pid().unsigned_abs());
     pod.events.publish(event);
-    // As the specification has it, what it does goes on without.
-    if let Err(error) = hooks(&container, &[Kind::Poststart]).await {
-        tracing::warn!(container = container.id, %error, "a hook failed");
-    }
+    hooks_after(&container, Kind::Poststart).await;
     // Only now: its end must not be told before its start.
     pod.watch(container, process.clone());
     Ok(())

@@ -27,16 +27,13 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// A last field that another release does not send is said as nothing, in one byte.
-const UNSAID: usize = 1;
-
 /// What was understood can be said again, and is understood as the same.
 fn understood<M: Serialize + DeserializeOwned + PartialEq + Debug>(
     bytes: &[u8],
 ) -> Result<(), TestCaseError> {
     if let Ok(message) = postcard::from_bytes::<M>(bytes) {
         let again = postcard::to_stdvec(&message).unwrap();
-        prop_assert!(again.len() <= bytes.len() + UNSAID);
+        prop_assert!(again.len() <= bytes.len());
         prop_assert_eq!(postcard::from_bytes::<M>(&again).unwrap(), message);
     }
     Ok(())
@@ -140,7 +137,11 @@ proptest! {
         understood::<FromLeaf>(&bytes)?;
         understood::<ToLeaf>(&bytes)?;
         understood::<ToZygote>(&bytes)?;
-        understood::<Attached>(&bytes)?;
+        // What another release has ended before its last field is said again with that, as nothing.
+        let ends = postcard::from_bytes::<(u32, u32)>(&bytes).is_ok()
+            && postcard::from_bytes::<(u32, u32, String)>(&bytes).is_err();
+        let unsaid: &[u8] = if ends { &[0] } else { &[] };
+        understood::<Attached>(&[&bytes[..], unsaid].concat())?;
         understood::<LeafSetup>(&bytes)?;
     }
 
