@@ -179,6 +179,19 @@ impl Namespace {
             .collect())
     }
 
+    /// The pods of the zygote pool that a PackageSet's Functions are forked from: of its newest version that
+    /// was ready everywhere, not of one before that serves pods to their end.
+    ///
+    /// # Errors
+    /// There is no such PackageSet, or no version of it was ever ready.
+    pub fn pools_of(&self, set: &str) -> Result<Vec<Value>> {
+        let status = &self.get(&["packageset", set])?["status"];
+        let digest = status["readyDigest"].as_str();
+        let version = digest.and_then(|digest| digest.get(..10));
+        let version = version.with_context(|| format!("PackageSet {set} was never ready: {status}"))?;
+        self.pods(&format!("sock.dev/pool={set},sock.dev/version={version}"))
+    }
+
     /// The only pod of a Function.
     ///
     /// # Errors

@@ -143,7 +143,7 @@ fn a_plan_is_measured_applied_and_then_the_same() {
                 )
             })?;
         }
-        let pools = namespace.pods("sock.dev/pool=curves")?;
+        let pools = namespace.pools_of("curves")?;
         let zygote = node.zygote_of(pools.first().context("a pool")?)?;
         ensure!(
             zygote.status("NSpid")?.split_whitespace().count() == 3,

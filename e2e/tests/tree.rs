@@ -55,7 +55,7 @@ fn nodes() -> Result<(Node, Node)> {
 }
 
 fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
-    let mut pools = namespace.pods(&format!("sock.dev/pool={set}"))?;
+    let mut pools = namespace.pools_of(set)?;
     let pool = pools.pop().context("a pool")?;
     ensure!(pools.is_empty(), "one pool is left");
     Ok(pool)
