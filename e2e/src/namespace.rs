@@ -188,7 +188,8 @@ impl Namespace {
         let status = &self.get(&["packageset", set])?["status"];
         let digest = status["readyDigest"].as_str();
         let version = digest.and_then(|digest| digest.get(..10));
-        let version = version.with_context(|| format!("PackageSet {set} was never ready: {status}"))?;
+        let version =
+            version.with_context(|| format!("PackageSet {set} was never ready: {status}"))?;
         self.pods(&format!("sock.dev/pool={set},sock.dev/version={version}"))
     }
 

@@ -98,13 +98,12 @@ pub(crate) fn first(
     caller: &Caller,
 ) -> Result<Infallible> {
     isolate(
-        &mut [],
         caller,
         &plan.stdio,
         plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()),
         prepared.holder.as_ref(),
     )?;
-    caller.hear();
+    caller.hear()?;
     let spec = plan.spec;
     // The user namespace is joined last: from inside it the others could not be.
     let user = wanted.joins(Type::User).map(namespace::open).transpose()?;
@@ -146,7 +145,7 @@ pub(crate) fn first(
             };
             if hook::has(spec, &[Kind::Prestart, Kind::CreateRuntime]) {
                 caller.mounted()?;
-                caller.hear();
+                caller.hear()?;
             }
             hook::run(spec, Kind::CreateContainer, container, own_pid())
         })?;
@@ -169,7 +168,7 @@ pub(crate) fn first(
         None
     };
     caller.created(terminal.as_ref().map(|t| t.master.as_fd()))?;
-    caller.hear();
+    caller.hear()?;
     stdio(plan.stdio, terminal, plan.extra)?;
     match plan.program {
         Program::Specified => {
@@ -202,19 +201,13 @@ pub(crate) fn further(
     prepared: Prepared,
     caller: &Caller,
 ) -> Result<Infallible> {
-    let mut entrances = plan.entrances;
     isolate(
-        &mut entrances,
         caller,
         &plan.stdio,
         plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()),
         None,
     )?;
-    caller.hear();
-    for entrance in &entrances {
-        rustix::io::write(entrance, b"0").step("enter", "cgroup")?;
-    }
-    drop(entrances);
+    caller.hear()?;
     let own_user = std::fs::read_link("/proc/self/ns/user").at("read", "/proc/self/ns/user")?;
     let target = PathBuf::from(format!("/proc/{}/ns", plan.target));
     let open = |name: &str| namespace::open(&target.join(name));
@@ -240,7 +233,7 @@ pub(crate) fn further(
     }
     let terminal = terminal(Some(plan.process))?;
     caller.created(terminal.as_ref().map(|t| t.master.as_fd()))?;
-    caller.hear();
+    caller.hear()?;
     stdio(plan.stdio, terminal, plan.extra)?;
     become_user(plan.process, prepared.seccomp.as_ref())?;
     execute(plan.process)
@@ -248,7 +241,6 @@ pub(crate) fn further(
 
 /// Cuts the child off from what it copied of its parent: descriptors, signal handling, its readability through `/proc`.
 fn isolate(
-    entrances: &mut [OwnedFd],
     caller: &Caller,
     stdio: &Stdio,
     extra: impl Iterator<Item = RawFd>,
@@ -263,7 +255,6 @@ fn isolate(
             .flatten()
             .map(AsRawFd::as_raw_fd),
     );
-    keep.extend(entrances.iter().map(AsRawFd::as_raw_fd));
     keep.extend(holder.map(AsRawFd::as_raw_fd));
     keep.sort_unstable();
     let mut from = 3;

@@ -4,7 +4,7 @@
 //! caller                         child
 //!   clone3 ───────────────────▶  waits
 //!   cgroup, user mapping
-//!   proceed() ────────────────▶  joins namespaces, builds the root
+//!   proceed() ────────────────▶  enters its cgroup, joins namespaces, builds the root
 //!            ◀──────────────── Created (with the terminal, if any)
 //!   start()  ────────────────▶  limits, user, capabilities, seccomp, execve
 //!            ◀──────────────── end of channel: the program runs; or Failed
@@ -111,8 +111,6 @@ pub struct ExecPlan<'a> {
     pub stdio: Stdio,
     /// Further descriptors.
     pub extra: Vec<(RawFd, OwnedFd)>,
-    /// `cgroup.procs` files to move into ([`crate::cgroup::Cgroup::entrances`]).
-    pub entrances: Vec<OwnedFd>,
 }
 
 /// News from a child.
@@ -139,12 +137,22 @@ pub struct Launched {
 }
 
 impl Launched {
-    /// Lets it build its namespaces and root.
+    /// Lets it build its namespaces and root, or go on after [`Progress::Mounted`].
     ///
     /// # Errors
     /// It is gone.
     pub fn proceed(&self) -> Result<()> {
-        self.tell(b"go")
+        self.tell(b"go", &[])
+    }
+
+    /// [`Launched::proceed`], once it has moved itself into a cgroup by these
+    /// ([`crate::cgroup::Cgroup::entrances`], at most [`MOST_ENTRANCES`]).
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn proceed_in(&self, entrances: &[OwnedFd]) -> Result<()> {
+        let entrances: Vec<BorrowedFd<'_>> = entrances.iter().map(AsFd::as_fd).collect();
+        self.tell(b"go", &entrances)
     }
 
     /// Lets it run its program.
@@ -152,13 +160,11 @@ impl Launched {
     /// # Errors
     /// It is gone.
     pub fn start(&self) -> Result<()> {
-        self.tell(b"start")
+        self.tell(b"start", &[])
     }
 
-    fn tell(&self, word: &[u8]) -> Result<()> {
-        rustix::net::send(&self.channel, word, SendFlags::NOSIGNAL)
-            .step("tell child", self.pid)
-            .map(drop)
+    fn tell(&self, word: &[u8], entrances: &[BorrowedFd<'_>]) -> Result<()> {
+        say(&self.channel, word, entrances).step("tell child", self.pid)
     }
 
     /// Becomes readable when [`Launched::progress`] has news.
@@ -223,41 +229,61 @@ impl Caller {
     }
     pub(crate) fn created(&self, terminal: Option<BorrowedFd<'_>>) -> Result<()> {
         let fds: Vec<BorrowedFd<'_>> = terminal.into_iter().collect();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            control.push(SendAncillaryMessage::ScmRights(&fds));
-        }
-        sendmsg(
-            &self.0,
-            &[IoSlice::new(b"created")],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )
-        .step("tell", "caller")
-        .map(drop)
+        say(&self.0, b"created", &fds).step("tell", "caller")
     }
     pub(crate) fn mounted(&self) -> Result<()> {
-        rustix::net::send(&self.0, b"mounted", SendFlags::NOSIGNAL)
-            .step("tell", "caller")
-            .map(drop)
+        say(&self.0, b"mounted", &[]).step("tell", "caller")
     }
     pub(crate) fn failed(&self, error: &Error) {
         let mut text = error.to_string();
         text.truncate(8000);
         let _ = rustix::net::send(&self.0, text.as_bytes(), SendFlags::NOSIGNAL);
     }
-    /// Waits for the next word. A caller that is gone is an order to end.
-    pub(crate) fn hear(&self) {
+    /// Waits for the next word, and enters the cgroup that comes with it. A caller that is gone is an order to end.
+    pub(crate) fn hear(&self) -> Result<()> {
         let mut word = [0u8; 16];
-        loop {
-            match rustix::net::recv(&self.0, &mut word[..], RecvFlags::empty()) {
-                Ok((_, n)) if n > 0 => return,
-                Err(Errno::INTR) => {}
-                _ => init::leave(1),
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_ENTRANCES))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let heard = rustix::io::retry_on_intr(|| {
+            recvmsg(
+                &self.0,
+                &mut [IoSliceMut::new(&mut word)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            )
+        });
+        match heard {
+            Ok(heard) if heard.bytes > 0 => {}
+            _ => init::leave(1),
+        }
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(entrances) = part {
+                for entrance in entrances {
+                    rustix::io::write(&entrance, b"0").step("enter", "cgroup")?;
+                }
             }
         }
+        Ok(())
     }
+}
+
+/// As many hierarchies as version 1 can have: one for each controller, and some with names only.
+pub const MOST_ENTRANCES: usize = 32;
+
+/// Sends a word, with descriptors.
+fn say(channel: &OwnedFd, word: &[u8], fds: &[BorrowedFd<'_>]) -> std::result::Result<(), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_ENTRANCES))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(Errno::TOOBIG);
+    }
+    sendmsg(
+        channel,
+        &[IoSlice::new(word)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )
+    .map(drop)
 }
 
 /// `struct clone_args` of linux/sched.h.

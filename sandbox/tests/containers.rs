@@ -182,7 +182,12 @@ fn plan(spec: &Spec, root: Root, program: Program) -> Plan<'_> {
 
 /// Brings a child to its program.
 fn go(child: &Launched) -> Result<Option<OwnedFd>, String> {
-    child.proceed().unwrap();
+    go_in(child, &[])
+}
+
+/// The same, once it has moved itself into a cgroup.
+fn go_in(child: &Launched, entrances: &[OwnedFd]) -> Result<Option<OwnedFd>, String> {
+    child.proceed_in(entrances).unwrap();
     let terminal = match child.wait_progress().unwrap() {
         Progress::Created(terminal) => terminal,
         Progress::Failed(e) => return Err(e.to_string()),
@@ -505,16 +510,15 @@ impl TestCgroup {
         let location =
             Location::parse(&format!("/sock-test-{}/{name}", std::process::id())).unwrap();
         let resources = serde_json::from_value(resources.clone()).unwrap();
-        Self(
-            runtime
-                .block_on(Cgroup::create(
-                    &Hierarchies::detect().unwrap(),
-                    &location,
-                    pid,
-                    Some(&resources),
-                ))
-                .unwrap(),
-        )
+        let made = runtime.block_on(Cgroup::create(
+            &Hierarchies::detect().unwrap(),
+            &location,
+            pid,
+            Some(&resources),
+        ));
+        let (cgroup, _) = made.unwrap();
+        cgroup.add(pid).unwrap();
+        Self(cgroup)
     }
 }
 
@@ -545,7 +549,10 @@ fn exec_joins() {
         assert!(Instant::now() < end, "the program does not get there");
         std::thread::sleep(Duration::from_millis(1));
     }
-    let process = serde_json::from_value(json!({"cwd": "/tmp", "args": ["sh", "-c", "pwd; hostname; cat /proc/1/cmdline; cat >&2; exit 3"], "env": ["PATH=/bin"], "user": {"uid": 5, "gid": 5}})).unwrap();
+    let process = serde_json::from_value(json!({"cwd": "/tmp", "args": ["sh", "-c", "pwd; hostname; cat /proc/1/cmdline; cat >&2; grep -vc /exec$ /proc/self/cgroup; exit 3"], "env": ["PATH=/bin"], "user": {"uid": 5, "gid": 5}})).unwrap();
+    // Version 2 is there beside version 1, without controllers and without this cgroup.
+    let hierarchies = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let elsewhere = hierarchies.lines().count() - cgroup.0.entrances().unwrap().len();
     let (mut reader, writer) = pipe();
     let (input, input_writer) = pipe();
     rustix::io::write(&input_writer, b"typed").unwrap();
@@ -560,17 +567,16 @@ fn exec_joins() {
             stderr: Some(writer),
         },
         extra: Vec::new(),
-        entrances: cgroup.0.entrances().unwrap(),
     })
     .unwrap();
-    go(&other).unwrap();
+    go_in(&other, &cgroup.0.entrances().unwrap()).unwrap();
     assert!(cgroup.0.processes().unwrap().contains(&child.pid));
     let mut text = String::new();
     reader.read_to_string(&mut text).unwrap();
     assert_eq!(
         text.replace('\0', " "),
-        "/tmp\ninside\nsleep 100 typed",
-        "an exec sees the container"
+        format!("/tmp\ninside\nsleep 100 typed{elsewhere}\n"),
+        "an exec sees the container, and is in its cgroup"
     );
     assert_eq!(wait(other.pid), 3);
     kill(child.pid, libc::SIGKILL);

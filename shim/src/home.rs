@@ -3,6 +3,7 @@
 //! What the shim costs (its memory, the sockets it makes for leaves) belongs to the pod that causes it.
 
 use std::cell::RefCell;
+use std::os::fd::OwnedFd;
 
 use sock_sandbox::cgroup::{Cgroup, Hierarchies};
 
@@ -17,7 +18,7 @@ fn own() -> i32 {
 /// Moves the shim into the pod's cgroup.
 pub fn enter(hierarchies: &Hierarchies, pod: &Cgroup) {
     let before = Cgroup::of_process(hierarchies, own());
-    match before.and_then(|before| pod.add(own()).map(|()| before)) {
+    match before.and_then(|before| pod.enter().map(|()| before)) {
         Ok(before) => BEFORE.set(Some(before)),
         Err(e) => tracing::warn!(error = %e, "the shim is not accounted to its pod"),
     }
@@ -26,19 +27,20 @@ pub fn enter(hierarchies: &Hierarchies, pod: &Cgroup) {
 /// Moves it back to where containerd started it, so that the pod's cgroup can go.
 pub fn leave() {
     if let Some(before) = BEFORE.take()
-        && let Err(e) = before.add(own())
+        && let Err(e) = before.enter()
     {
         tracing::warn!(error = %e, "the shim stays in its pod's cgroup");
     }
 }
 
-/// Moves a process to where the shim was started, because it has to outlive the pod.
-pub fn keep_out(pid: i32) {
-    BEFORE.with_borrow(|before| {
-        if let Some(before) = before
-            && let Err(e) = before.add(pid)
-        {
-            tracing::warn!(pid, error = %e, "stays in the pod's cgroup, and ends with it");
-        }
-    });
+/// The entrances of where the shim was started, for a process that has to outlive the pod.
+pub fn outside() -> Vec<OwnedFd> {
+    let entrances = BEFORE.with_borrow(|before| before.as_ref().map(Cgroup::entrances));
+    entrances
+        .transpose()
+        .unwrap_or_else(|error| {
+            tracing::warn!(%error, "a holder stays in the pod's cgroup, and ends with it");
+            None
+        })
+        .unwrap_or_default()
 }

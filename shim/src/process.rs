@@ -114,6 +114,7 @@ impl Process {
     /// What the child says went wrong; it is gone then. Or what went wrong in `mounted`; it waits then.
     pub async fn create(
         &self,
+        entrances: Vec<OwnedFd>,
         mounted: impl Future<Output = Result<(), Failure>>,
     ) -> Result<(), Failure> {
         let launched = self
@@ -121,7 +122,8 @@ impl Process {
             .borrow()
             .clone()
             .ok_or_else(|| Failure::precondition("the process was not launched"))?;
-        launched.proceed()?;
+        launched.proceed_in(&entrances)?;
+        drop(entrances);
         let mut news = progress(&launched).await?;
         if matches!(news, Progress::Mounted) {
             mounted.await?;
@@ -273,8 +275,9 @@ impl Process {
 /// Takes a child that nobody else has to know of to its program. The value is why it did not get there, if so.
 pub(crate) async fn run_program(
     launched: &Launched,
+    entrances: &[OwnedFd],
 ) -> Result<Option<sock_sandbox::Error>, Failure> {
-    launched.proceed()?;
+    launched.proceed_in(entrances)?;
     if let Progress::Failed(e) = progress(launched).await? {
         return Ok(Some(e));
     }

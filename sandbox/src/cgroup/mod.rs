@@ -361,7 +361,10 @@ impl Cgroup {
             .collect()
     }
 
-    /// Makes the cgroup with `pid` in it, and sets its limits.
+    /// Makes the cgroup for a process, with its limits. The process has yet to move itself there by what is returned beside it:
+    /// [`Cgroup::entrances`], or nothing where systemd has moved it.
+    ///
+    /// A process that moves itself does not wait for other processes' forks, as one that moves another does.
     ///
     /// # Errors
     /// systemd or the kernel refuses; the message names which file.
@@ -370,7 +373,7 @@ impl Cgroup {
         location: &Location,
         pid: i32,
         resources: Option<&LinuxResources>,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Vec<OwnedFd>)> {
         let cgroup = Self::at(hierarchies, location);
         if let Location::Scope { slice, unit } = location {
             systemd::start_scope(slice, unit, pid, resources, hierarchies.unified).await?;
@@ -380,8 +383,12 @@ impl Cgroup {
         if let Some(resources) = resources {
             limits::apply(&cgroup, resources)?;
         }
-        cgroup.add(pid)?;
-        Ok(cgroup)
+        let entrances = if cgroup.unified && cgroup.scope.is_some() {
+            Vec::new()
+        } else {
+            cgroup.entrances()?
+        };
+        Ok((cgroup, entrances))
     }
 
     fn make_directories(&self) -> Result<()> {
@@ -444,8 +451,9 @@ impl Cgroup {
 
     /// The file that a process of one thread is moved by.
     ///
-    /// On version 1 that is `tasks`: it moves a thread and so need not stop all forks of the machine, which `cgroup.procs` does by
-    /// a lock whose writer waits for a grace period (`cgroup_threadgroup_rwsem`, kernel/cgroup/cgroup.c): 35 µs against 10 ms.
+    /// On version 1 that is `tasks`: whoever moves itself by it need not stop all forks of the machine, which everything else does
+    /// by a lock whose writer waits for a grace period (`cgroup_attach_lock` and `cgroup_procs_write_start`,
+    /// kernel/cgroup/cgroup.c): 35 µs against 10 ms.
     fn entrance(&self, directory: &Path) -> PathBuf {
         if !self.unified {
             return directory.join("tasks");
@@ -468,6 +476,15 @@ impl Cgroup {
             write(&self.entrance(directory), &pid.to_string())?;
         }
         Ok(())
+    }
+
+    /// Moves the calling process here, which has one thread. Where that fails half-way, it stays in two cgroups.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn enter(&self) -> Result<()> {
+        // The kernel takes 0 for whoever writes.
+        self.add(0)
     }
 
     /// Descriptors of the files by which a process of one thread that has no rights here moves itself in: it writes `0` to each.

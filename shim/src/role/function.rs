@@ -260,6 +260,7 @@ impl Interpreter for ContainerCommand {
             let mut env = process.env().clone().unwrap_or_default();
             env.push("SOCK_CONTROL_FD=3".into());
             process.set_env(Some(env)).set_terminal(Some(false));
+            let entrances = cgroup.entrances()?;
             let launched = sock_sandbox::exec(ExecPlan {
                 target: container.init.pid(),
                 process: &process,
@@ -274,10 +275,9 @@ impl Interpreter for ContainerCommand {
                     stderr: Some(streams.stderr.try_clone()?),
                 },
                 extra: vec![(3, control)],
-                entrances: cgroup.entrances()?,
             })?;
             let claim = Claim::new(launched.pid);
-            let failed = run_program(&launched).await?;
+            let failed = run_program(&launched, &entrances).await?;
             let pidfd =
                 crate::async_fd::watch(launched.pidfd.try_clone()?, tokio::io::Interest::READABLE)?;
             tokio::task::spawn_local(async move {

@@ -252,10 +252,11 @@ impl ZygoteContainer {
         })?;
         // A nested one is the child of the holder around it.
         let _claim = (!is_nested).then(|| Claim::new(process.pid));
-        crate::home::keep_out(process.pid);
         let made = async {
             record(id, process.pid)?;
-            let ran = tokio::time::timeout(MADE_WITHIN, run_program(&process)).await;
+            let ran =
+                tokio::time::timeout(MADE_WITHIN, run_program(&process, &crate::home::outside()))
+                    .await;
             let problem = match ran {
                 Ok(ran) => ran?.map(|e| e.to_string()),
                 Err(_) => Some(format!("not made within {} s", MADE_WITHIN.as_secs())),

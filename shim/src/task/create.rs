@@ -171,14 +171,15 @@ async fn build(
     let launched = container.init.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
-    let cgroup = Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
+    let (cgroup, entrances) =
+        Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
     if matches!(container.role, Role::Sandbox) {
         crate::home::enter(hierarchies, &cgroup);
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
     drop(launched);
     let mounted = hooks(container, &[Kind::Prestart, Kind::CreateRuntime]);
-    let created = container.init.create(mounted).await;
+    let created = container.init.create(entrances, mounted).await;
     // A terminal's own end of the output is there since then.
     drop(readers);
     created

@@ -99,12 +99,13 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
         seccomp,
         stdio: streams,
         extra: Vec::new(),
-        entrances,
     })?;
     let launched = process.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
     drop(launched);
-    process.create(std::future::ready(Ok(()))).await?;
+    process
+        .create(entrances, std::future::ready(Ok(())))
+        .await?;
     // A terminal's own end of the output is there since then.
     drop(readers);
     process.start().await
