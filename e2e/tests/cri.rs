@@ -13,8 +13,6 @@ use sock_e2e::{MINUTE, Namespace, Node, Security, get, in_namespace_of, program,
 const PLACE: &str = "/var/lib/sock-cri";
 const REGISTRY: &str = include_str!("../src/registry.py");
 const PORT: u16 = 5000;
-/// Specs that need what sock does not have, and that critest therefore skips.
-const NOT_HAD: [&str; 1] = ["UserNamespaces"];
 /// Fewer would mean that critest does not run.
 const AT_LEAST: usize = 100;
 
@@ -178,12 +176,7 @@ fn what_passes_with_runc_passes_with_sock() {
         let mut wrong = Vec::new();
         for name in due {
             let (state, why) = with_sock.get(name).context("the same specs")?;
-            let expected = if NOT_HAD.iter().any(|group| name.contains(group)) {
-                "skipped"
-            } else {
-                "passed"
-            };
-            if state != expected {
+            if state != "passed" {
                 wrong.push(format!("{name}: {state}: {why}"));
             }
         }

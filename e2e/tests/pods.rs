@@ -1,9 +1,9 @@
 //! Ordinary pods with `runtimeClassName: sock`: what kubelet and users do with any pod.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
-    MINUTE, Node, Security, get, has_event, in_namespace, in_namespace_of, manifest, program, until,
+    MINUTE, Node, Security, get, in_namespace, in_namespace_of, manifest, program, until,
 };
 
 /// Ends with the code in `/tmp/end`, when there is one.
@@ -54,17 +54,78 @@ fn a_busybox_pod_has_logs_and_exec_and_its_exit_code() {
 }
 
 #[test]
-fn a_pod_that_wants_a_user_namespace_is_told_that_there_is_none() {
-    in_namespace("hostusers", |namespace| {
-        let mut pod = manifest::busybox("box", &[("main", UNTIL_TOLD)]);
-        pod["spec"]["hostUsers"] = json!(false);
-        namespace.apply(&[pod])?;
-        let words = ["\"sock\" does not support user namespaces"];
-        until("the pod's events say so", MINUTE, || {
-            Ok(has_event(&namespace.name, "pod/box", &words)?.then_some(()))
-        })?;
-        let pod = namespace.get(&["pod", "box"])?;
-        ensure!(pod["status"]["phase"] == "Pending", "{pod}");
+fn a_pod_may_have_users_of_its_own_that_are_nobody_on_the_node() {
+    in_namespace_of(Security::Privileged, "hostusers", |namespace| {
+        let script = "
+            touch /written /volume/new && chown 7:8 /volume/new && hostname && id -u
+            stat -c %u:%g / /bin/busybox /volume /volume/new /config/key /etc/hosts /etc/resolv.conf /dev /dev/null /dev/shm /run
+            while nc -l -p 80 -e echo reached; do :; done";
+        let pod = |name: &str| {
+            json!({
+                "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+                "spec": {
+                    "runtimeClassName": "sock", "hostUsers": false, "terminationGracePeriodSeconds": 1,
+                    "containers": [{
+                        "name": "box", "image": manifest::BUSYBOX, "imagePullPolicy": "IfNotPresent",
+                        "command": ["sh", "-c", script],
+                        "volumeMounts": [
+                            {"name": "volume", "mountPath": "/volume"}, {"name": "config", "mountPath": "/config"},
+                            {"name": "memory", "mountPath": "/run"},
+                        ],
+                    }],
+                    "volumes": [
+                        {"name": "volume", "emptyDir": {}}, {"name": "memory", "emptyDir": {"medium": "Memory"}},
+                        {"name": "config", "configMap": {"name": "config"}},
+                    ],
+                },
+            })
+        };
+        let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "config"}, "data": {"key": "value"}});
+        namespace.apply(&[config, pod("one"), pod("other")])?;
+        let mut firsts = Vec::new();
+        for name in ["one", "other"] {
+            let expected = format!("{name}\n0\n{}7:8\n{}", "0:0\n".repeat(3), "0:0\n".repeat(7));
+            let mut logs = String::new();
+            until("the pod has looked around", MINUTE, || {
+                logs = namespace.kubectl(&["logs", name]).unwrap_or_default();
+                Ok((logs.lines().count() == expected.lines().count()).then_some(()))
+            })
+            .with_context(|| {
+                format!(
+                    "{logs}\n{:?}",
+                    namespace.kubectl(&["describe", "pod", name])
+                )
+            })?;
+            ensure!(logs == expected, "{logs}");
+            let map = namespace.kubectl(&["exec", name, "--", "cat", "/proc/self/uid_map"])?;
+            let map: Vec<u32> = map
+                .split_whitespace()
+                .filter_map(|n| n.parse().ok())
+                .collect();
+            let [0, first, 65536] = map[..] else {
+                bail!("{map:?}");
+            };
+            ensure!(first >= 65536, "{map:?}");
+            firsts.push(first);
+
+            let pod = namespace.get(&["pod", name])?;
+            let node = Node::of(&pod)?;
+            let found = node.processes_of(&pod)?;
+            ensure!(
+                found.iter().all(|one| one.status("Uid").is_ok_and(|uids| {
+                    let uid = uids
+                        .split_whitespace()
+                        .next()
+                        .and_then(|uid| uid.parse::<u32>().ok());
+                    uid.is_some_and(|uid| (first..first + 65536).contains(&uid))
+                })),
+                "{found:?}"
+            );
+            let ip = pod["status"]["podIP"].as_str().context("status.podIP")?;
+            let said = namespace.kubectl(&["exec", "other", "--", "nc", ip, "80"])?;
+            ensure!(said == "reached\n", "{said:?}");
+        }
+        ensure!(firsts[0] != firsts[1], "both are {firsts:?}");
         Ok(())
     });
 }

@@ -139,7 +139,7 @@ fn check_profile(profile: &LinuxSeccomp) {
         for arguments in &calls {
             let answer = run(code, number as u32, *arguments);
             assert_eq!(
-                answer >= 0x7ffc_0000 && answer < 0x8000_0000,
+                (0x7ffc_0000..0x8000_0000).contains(&answer),
                 allows(profile, number, *arguments),
                 "{number} {arguments:x?}"
             );

@@ -7,12 +7,9 @@ use crate::cgroup_moves;
 use crate::check::{self, Unfit};
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
-use crate::payload;
+use crate::payload::{self, PAYLOAD};
 use crate::registration::{self, Registration};
 use crate::sweep::Sweeper;
-
-/// Where the files of sock lie, in the image and on the host.
-pub const PAYLOAD: &str = "/opt/sock";
 
 /// A file of the installer's container that is there while the node is as it was asked for.
 pub const READY: &str = "/run/sock-node-ready";

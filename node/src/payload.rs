@@ -62,13 +62,16 @@ pub fn copy(from: &Path, to: &Path) -> Result<usize, Error> {
     Ok(written)
 }
 
+/// Where the files of sock lie, in the image and on the host.
+pub const PAYLOAD: &str = "/opt/sock";
+
 /// Where containerd looks for programs before its PATH (its plugin `io.containerd.internal.v1.opt`, docs/managed-opt.md), and
 /// makes the directory itself.
 const PROGRAMS: &str = "/opt/containerd/bin";
 const SHIM: &str = "containerd-shim-sock-v1";
 
 fn shim() -> PathBuf {
-    Path::new(crate::install::PAYLOAD).join("bin").join(SHIM)
+    Path::new(PAYLOAD).join("bin").join(SHIM)
 }
 
 /// Lets containerd find the shim by the name of the runtime, `io.containerd.sock.v1`, for those who do without Kubernetes'

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::cgroup_moves;
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
-use crate::install::{PAYLOAD, READY};
-use crate::payload;
+use crate::install::READY;
+use crate::payload::{self, PAYLOAD};
 use crate::registration::{self, Registration};
 
 /// The node cache and whatever else sock keeps on a node.

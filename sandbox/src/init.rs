@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec}
 use crate::error::Step;
 use crate::holder::{HolderKind, holder_program};
 use crate::hook::{self, Kind};
-use crate::launch::{Caller, ExecPlan, Plan, Program, Stdio};
+use crate::launch::{Caller, ExecPlan, Mapped, Plan, Program, Stdio};
 use crate::namespace::{self, Wanted};
 use crate::{Error, Result, capability, rlimit, root, seccomp};
 
@@ -48,6 +48,20 @@ pub(crate) fn change_user(uid: u32, gid: u32) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Becomes root of the user namespace that this process is in, if that has one: whoever is nobody there owns nothing that it
+/// makes.
+fn be_root() -> Result<()> {
+    // The raw call, as below.
+    // SAFETY: plain numbers.
+    let result = unsafe { libc::syscall(libc::SYS_setresgid, 0, 0, 0) };
+    if result != 0 {
+        // A zygote's has one user, who is not root.
+        return Ok(());
+    }
+    no_groups()?;
+    change_user(0, 0)
 }
 
 /// What is computed before the fork: allocation and parsing that the child need not do.
@@ -95,15 +109,20 @@ pub(crate) fn first(
     plan: Plan<'_>,
     wanted: Wanted,
     prepared: Prepared,
+    mapped: &Mapped,
     caller: &Caller,
 ) -> Result<Infallible> {
+    let extra = plan.extra.iter().map(|(_, fd)| fd.as_raw_fd());
     isolate(
         caller,
         &plan.stdio,
-        plan.extra.iter().map(|(_, fd)| fd.as_raw_fd()),
+        extra.chain(mapped.maps.descriptors()),
         prepared.holder.as_ref(),
     )?;
     caller.hear()?;
+    if wanted.creates(Type::User) && mapped.users.is_some() {
+        be_root()?;
+    }
     let spec = plan.spec;
     // The user namespace is joined last: from inside it the others could not be.
     let user = wanted.joins(Type::User).map(namespace::open).transpose()?;
@@ -139,19 +158,31 @@ pub(crate) fn first(
         std::fs::write(&path, value).at("set sysctl", path)?;
     }
     if wanted.creates(Type::Mount) {
-        root::enter(&plan.root, spec, &plan.cgroups, plan.nodev_root, || {
-            let Some(container) = &plan.identity else {
-                return Ok(());
-            };
-            if hook::has(spec, &[Kind::Prestart, Kind::CreateRuntime]) {
-                caller.mounted()?;
-                caller.hear()?;
-            }
-            hook::run(spec, Kind::CreateContainer, container, own_pid())
-        })?;
+        root::enter(
+            &plan.root,
+            spec,
+            &plan.cgroups,
+            plan.nodev_root,
+            mapped,
+            || {
+                let Some(container) = &plan.identity else {
+                    return Ok(());
+                };
+                if hook::has(spec, &[Kind::Prestart, Kind::CreateRuntime]) {
+                    caller.mounted()?;
+                    caller.hear()?;
+                }
+                hook::run(spec, Kind::CreateContainer, container, own_pid())
+            },
+        )?;
     }
     if let Some(user) = user {
+        if let Some(limits) = spec.process().as_ref().and_then(|p| p.rlimits().as_ref()) {
+            // Inside nobody may raise one (setrlimit(2)).
+            rlimit::apply(limits)?;
+        }
         namespace::join(&user, Type::User)?;
+        be_root()?;
         // The copy belongs to the user namespace, so the flags of its mounts are locked there (mount_namespaces(7)). So does
         // another cgroup namespace, and others of that user namespace may enter it.
         let own = if wanted.creates(Type::Cgroup) {
@@ -229,7 +260,11 @@ pub(crate) fn further(
         namespace::join(fd, kind)?;
     }
     if let Some(user) = user {
+        if let Some(limits) = plan.process.rlimits() {
+            rlimit::apply(limits)?;
+        }
         namespace::join(user, Type::User)?;
+        be_root()?;
     }
     let terminal = terminal(Some(plan.process))?;
     caller.created(terminal.as_ref().map(|t| t.master.as_fd()))?;

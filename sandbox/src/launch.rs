@@ -28,6 +28,7 @@ use crate::hook::Identity;
 use crate::init;
 use crate::namespace::{self, Wanted};
 use crate::root::Root;
+use crate::users::{Maps, Users};
 use crate::{Error, Result};
 
 /// What the first process runs.
@@ -111,6 +112,13 @@ pub struct ExecPlan<'a> {
     pub stdio: Stdio,
     /// Further descriptors.
     pub extra: Vec<(RawFd, OwnedFd)>,
+}
+
+/// Users of a container's user namespace, and what its mounts need for that.
+pub(crate) struct Mapped {
+    /// `None` where it has the host's.
+    pub users: Option<Users>,
+    pub maps: Maps,
 }
 
 /// News from a child.
@@ -533,15 +541,19 @@ pub fn launch(mut plan: Plan<'_>) -> Result<Launched> {
     // A cgroup namespace is made once the process is in its cgroup, which becomes the root of it.
     let now = wanted.create & !libc::CLONE_NEWCGROUP;
     let mapping = plan.mapping;
+    let users = Users::of(plan.spec)?;
+    let maps = Maps::of(plan.spec, &plan.root)?;
     let score = plan
         .spec
         .process()
         .as_ref()
         .and_then(Process::oom_score_adj);
-    if wanted.creates(Type::User) && mapping.is_none() {
+    let ranges = users.as_ref().filter(|_| wanted.creates(Type::User));
+    let ranges = ranges.map(Users::maps);
+    if wanted.creates(Type::User) && mapping.is_none() && ranges.is_none() {
         return Err(Error::spec(
-            "linux.namespaces",
-            "a new user namespace needs a mapping of one user",
+            "linux.uidMappings",
+            "is missing: a new user namespace needs to know who its users are",
         ));
     }
     let outer = plan.outer.take();
@@ -571,13 +583,13 @@ pub fn launch(mut plan: Plan<'_>) -> Result<Launched> {
         (None, None) => Birthplace::Here,
     };
     let launched = fork_child(now, birthplace, move |caller| {
-        init::first(plan, wanted, prepared, caller)
+        init::first(plan, wanted, prepared, &Mapped { users, maps }, caller)
     })?;
-    if let Some(mapping) = mapping {
-        match outer_user {
-            None => map_user(launched.pid, mapping)?,
-            Some(outer) => map_nested_user(&outer, launched.pid, mapping)?,
-        }
+    match (mapping, outer_user, ranges) {
+        (Some(mapping), None, _) => map_user(launched.pid, mapping)?,
+        (Some(mapping), Some(outer), _) => map_nested_user(&outer, launched.pid, mapping)?,
+        (None, _, Some((uids, gids))) => write_maps(launched.pid, &uids, &gids)?,
+        (None, _, None) => {}
     }
     set_oom_score(launched.pid, score)?;
     Ok(launched)
@@ -602,14 +614,34 @@ pub fn exec(plan: ExecPlan<'_>) -> Result<Launched> {
 fn map_user(pid: i32, mapping: UserMapping) -> Result<()> {
     let owner = mapping.owner.map(|id| format!("{id} {id} 1\n"));
     let owner = owner.unwrap_or_default();
-    for (file, id, more) in [
-        ("gid_map", mapping.gid, ""),
-        ("uid_map", mapping.uid, &owner),
-    ] {
+    let line = |id| format!("{id} {id} 1\n");
+    write_maps(pid, &(line(mapping.uid) + &owner), &line(mapping.gid))
+}
+
+fn write_maps(pid: i32, uids: &str, gids: &str) -> Result<()> {
+    for (file, lines) in [("gid_map", gids), ("uid_map", uids)] {
         let path = format!("/proc/{pid}/{file}");
-        std::fs::write(&path, format!("{id} {id} 1\n{more}")).step("write", path)?;
+        std::fs::write(&path, lines).step("write", path)?;
     }
     Ok(())
+}
+
+/// A user namespace with nobody in it.
+pub(crate) fn user_namespace(users: &Users) -> Result<OwnedFd> {
+    let helper = fork_child(libc::CLONE_NEWUSER, Birthplace::Here, |caller| {
+        init::undumpable();
+        caller.hear()?;
+        init::leave(1)
+    })?;
+    let (uids, gids) = users.maps();
+    let made = write_maps(helper.pid, &uids, &gids)
+        .and_then(|()| namespace::of_process(helper.pid, "user"));
+    // SAFETY: a child that is not reaped yet, and has nothing left to do.
+    unsafe {
+        libc::kill(helper.pid, libc::SIGKILL);
+        libc::waitpid(helper.pid, std::ptr::null_mut(), 0);
+    }
+    made
 }
 
 /// The same by a process in the outer user namespace: from further out it is refused (`proc_uid_map_write`,

@@ -18,6 +18,7 @@ pub mod namespace;
 mod rlimit;
 pub mod root;
 pub mod seccomp;
+pub mod users;
 
 pub use error::{Error, Result};
 pub use holder::{HolderKind, holder_program};

@@ -4,9 +4,9 @@
 //! so a symbolic link of the image can never lead a mount out of it. Mount flags are set by `mount_setattr(2)` on the
 //! clone before it is attached: there is no moment at which a read-only bind is writable.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -18,6 +18,8 @@ use rustix::fs::{
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::error::Step;
+use crate::launch::Mapped;
+use crate::users;
 use crate::{Error, Result};
 
 /// What the root is mounted from.
@@ -55,6 +57,7 @@ const MOUNT_ATTR_NOATIME: u64 = 0x10;
 const MOUNT_ATTR_STRICTATIME: u64 = 0x20;
 const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
 const MOUNT_ATTR_NOSYMFOLLOW: u64 = 0x20_0000;
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
 
 /// `struct mount_attr` of linux/mount.h.
 #[repr(C)]
@@ -103,6 +106,8 @@ struct Options {
     data: Vec<String>,
     /// `tmpcopyup`: fill a tmpfs with what it covers.
     copy_up: bool,
+    /// `ridmap`: the mounts below have the same users.
+    recursive_idmap: bool,
 }
 
 /// What an option asks of the flags of a mount.
@@ -148,7 +153,7 @@ const SUPER_FLAGS: [(&str, libc::c_ulong); 4] = [
 ];
 
 /// What is so anyway, or a matter of who calls.
-const WITHOUT_EFFECT: [&str; 9] = [
+const WITHOUT_EFFECT: [&str; 8] = [
     "defaults",
     "async",
     "atime",
@@ -156,8 +161,8 @@ const WITHOUT_EFFECT: [&str; 9] = [
     "nomand",
     "norelatime",
     "nostrictatime",
+    // The mappings beside it say the same.
     "idmap",
-    "ridmap",
 ];
 
 /// All options that are understood, but for those of single file systems, as `features` of the OCI runtime specification has them.
@@ -166,7 +171,9 @@ pub fn mount_options() -> Vec<String> {
     let both = ATTRIBUTES.iter().map(|(name, _)| *name);
     let both = both.chain(PROPAGATIONS.iter().map(|(name, _)| *name));
     let recursive = both.clone().map(|name| format!("r{name}"));
-    let once = ["bind", "rbind", "tmpcopyup"].into_iter().chain(both);
+    let once = ["bind", "rbind", "ridmap", "tmpcopyup"]
+        .into_iter()
+        .chain(both);
     let once = once.chain(SUPER_FLAGS.iter().map(|(name, _)| *name));
     let once = once.chain(WITHOUT_EFFECT).map(str::to_owned);
     let mut all: Vec<String> = once.chain(recursive).collect();
@@ -198,6 +205,8 @@ fn options(list: &[String]) -> Options {
                 "bind" => out.bind = true,
                 "rbind" => (out.bind, out.recursive_bind) = (true, true),
                 "tmpcopyup" => out.copy_up = true,
+                "ridmap" => out.recursive_idmap = true,
+                mapping if users::is_mapping(mapping) => {}
                 other if other.is_empty() || WITHOUT_EFFECT.contains(&other) => {}
                 other => out.data.push(other.to_string()),
             }
@@ -227,6 +236,30 @@ fn set_attributes(tree: impl AsFd, attr: MountAttr, recursive: bool, what: &Path
     } else {
         Err(std::io::Error::last_os_error()).at("set mount attributes of", what)
     }
+}
+
+/// Has a mount that is not attached yet show its files as those of the users of a user namespace.
+fn map_users(
+    tree: impl AsFd,
+    namespace: Option<RawFd>,
+    recursive: bool,
+    what: &Path,
+) -> Result<()> {
+    let Some(namespace) = namespace else {
+        return Ok(());
+    };
+    let attr = MountAttr {
+        set: MOUNT_ATTR_IDMAP,
+        userns_fd: u64::try_from(namespace).unwrap_or(u64::MAX),
+        ..MountAttr::default()
+    };
+    set_attributes(tree, attr, recursive, what).map_err(|error| match error.errno() {
+        Some(libc::EINVAL) => Error::spec(
+            "mounts[].uidMappings",
+            format!("{}: the file system there cannot show its files as another user's (idmapped mounts): use another, or hostUsers: true", what.display()),
+        ),
+        _ => error,
+    })
 }
 
 fn c(path: &Path) -> Result<CString> {
@@ -289,11 +322,13 @@ fn remount(path: &Path, flags: libc::c_ulong) -> Result<()> {
 const MOST_LINKS: usize = 40;
 
 /// A root under construction.
-struct Builder {
+struct Builder<'a> {
     root: OwnedFd,
+    spec: &'a Spec,
+    mapped: &'a Mapped,
 }
 
-impl Builder {
+impl Builder<'_> {
     /// Opens a path inside the root, following links inside it only.
     fn open(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         let relative = path.strip_prefix("/").unwrap_or(path);
@@ -309,6 +344,69 @@ impl Builder {
             Mode::empty(),
             ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
         )
+    }
+
+    /// Who a user of the container is outside: everything here is made before its user namespace is entered.
+    fn user(&self, inside: u32) -> Result<u32> {
+        let Some(users) = &self.mapped.users else {
+            return Ok(inside);
+        };
+        users.uid(inside).ok_or_else(|| unmapped("user", inside))
+    }
+
+    /// The same of a group.
+    fn group(&self, inside: u32) -> Result<u32> {
+        let Some(users) = &self.mapped.users else {
+            return Ok(inside);
+        };
+        users.gid(inside).ok_or_else(|| unmapped("group", inside))
+    }
+
+    /// Gives what is just made to a user of the container.
+    fn give(&self, parent: &OwnedFd, name: &CStr, uid: u32, gid: u32, what: &Path) -> Result<()> {
+        if self.mapped.users.is_none() && (uid, gid) == (0, 0) {
+            return Ok(());
+        }
+        let (uid, gid) = (self.user(uid)?, self.group(gid)?);
+        let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW;
+        // SAFETY: an open directory and a C string.
+        let result = unsafe { libc::fchownat(parent.as_raw_fd(), name.as_ptr(), uid, gid, flags) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error()).at("set owner of", what)
+        }
+    }
+
+    /// Options of a file system that name users: who those are outside, and that its files are the container's root's.
+    fn owners(&self, kind: &str, data: &mut Vec<String>) -> Result<()> {
+        if self.mapped.users.is_none() {
+            return Ok(());
+        }
+        let mut named = [false; 2];
+        for option in data.iter_mut() {
+            for (i, key) in ["uid=", "gid="].into_iter().enumerate() {
+                let id = option.strip_prefix(key);
+                if let Some(id) = id.and_then(|id| id.parse().ok()) {
+                    let outside = if i == 0 {
+                        self.user(id)?
+                    } else {
+                        self.group(id)?
+                    };
+                    *option = format!("{key}{outside}");
+                    named[i] = true;
+                }
+            }
+        }
+        if kind == "tmpfs" {
+            if !named[0] {
+                data.push(format!("uid={}", self.user(0)?));
+            }
+            if !named[1] {
+                data.push(format!("gid={}", self.group(0)?));
+            }
+        }
+        Ok(())
     }
 
     /// Opens the place of a mount, making directories, and an empty file for the mount of a file.
@@ -352,9 +450,11 @@ impl Builder {
                             OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
                         openat(&parent, name, flags, Mode::from_raw_mode(0o644))
                             .at("make mount point", &so_far)?;
+                        self.give(&parent, &c(Path::new(name))?, 0, 0, &so_far)?;
                     } else {
                         mkdirat(&parent, name, Mode::from_raw_mode(0o755))
                             .at("make mount point", &so_far)?;
+                        self.give(&parent, &c(Path::new(name))?, 0, 0, &so_far)?;
                     }
                     self.open(&so_far, OFlags::PATH)
                         .at("open mount point", &so_far)?
@@ -375,7 +475,8 @@ impl Builder {
             .clone()
             .unwrap_or_else(|| PathBuf::from(kind));
         if options.bind || kind == "bind" {
-            return self.bind(&source, destination, &options);
+            let users = self.mapped.maps.of_mount(self.spec, mount)?;
+            return self.bind(&source, destination, &options, users);
         }
         if kind == "cgroup" && !cgroups.is_empty() {
             return self.cgroups(destination, cgroups, &options);
@@ -389,6 +490,7 @@ impl Builder {
             // Takes no data (mq_overview(7)).
             options.data.clear();
         }
+        self.owners(kind, &mut options.data)?;
         let saved = if options.copy_up {
             Some(
                 self.open(destination, OFlags::RDONLY | OFlags::DIRECTORY)
@@ -421,7 +523,13 @@ impl Builder {
         Ok(())
     }
 
-    fn bind(&self, source: &Path, destination: &Path, options: &Options) -> Result<()> {
+    fn bind(
+        &self,
+        source: &Path,
+        destination: &Path,
+        options: &Options,
+        users: Option<RawFd>,
+    ) -> Result<()> {
         let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         if options.recursive_bind {
             flags |= OpenTreeFlags::AT_RECURSIVE;
@@ -431,6 +539,7 @@ impl Builder {
             .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
         set_attributes(&tree, options.attr, false, destination)?;
         set_attributes(&tree, options.recursive_attr, true, destination)?;
+        map_users(&tree, users, options.recursive_idmap, destination)?;
         if let Some((propagation, recursive)) = options.propagation {
             propagate(&tree, propagation, recursive, destination)?;
         }
@@ -474,6 +583,7 @@ impl Builder {
                     attr: given.attr,
                     ..own
                 },
+                None,
             )?;
             for alias in name.split(',').filter(|a| a != name) {
                 let directory = self
@@ -517,14 +627,7 @@ impl Builder {
         self.node(path, kind | mode, number)?;
         let fd = self.open(path, OFlags::PATH).at("open", path)?;
         let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
-        // SAFETY: an open descriptor and an empty C string.
-        let result =
-            unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
-        if result == 0 {
-            Ok(())
-        } else {
-            Err(std::io::Error::last_os_error()).at("set owner of", path)
-        }
+        self.give(&fd, c"", uid, gid, path)
     }
 
     fn node(&self, path: &Path, mode: u32, number: u64) -> Result<()> {
@@ -548,7 +651,7 @@ impl Builder {
         // The process's umask took bits away.
         // SAFETY: as above.
         unsafe { libc::fchmodat(parent.as_raw_fd(), name.as_ptr(), mode & 0o7777, 0) };
-        Ok(())
+        self.give(&parent, &name, 0, 0, path)
     }
 
     fn devices(&self, list: &[LinuxDevice]) -> Result<()> {
@@ -725,6 +828,7 @@ pub(crate) fn enter(
     spec: &Spec,
     cgroups: &[(String, PathBuf)],
     nodev: bool,
+    mapped: &Mapped,
     mounted: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let linux = spec.linux().as_ref();
@@ -772,6 +876,7 @@ pub(crate) fn enter(
     }
     for mount in mounts {
         let options = options(&mount.options);
+        let users = mapped.maps.of_root(mount)?;
         if mount.kind == "bind" || options.bind {
             let tree = open_tree(
                 CWD,
@@ -782,7 +887,10 @@ pub(crate) fn enter(
             )
             .at("open root", &mount.source)?;
             set_attributes(&tree, options.attr, false, &target)?;
+            map_users(&tree, users, true, &target)?;
             attach_root(&tree, &target)?;
+        } else if mount.kind == "overlay" {
+            overlay(&target, mount, &options, users)?;
         } else {
             let fd = rustix::fs::open(&target, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
                 .at("open", &target)?;
@@ -803,6 +911,8 @@ pub(crate) fn enter(
             Mode::empty(),
         )
         .at("open root", &target)?,
+        spec,
+        mapped,
     };
     // pivot_root(2) wants a parent that is not shared.
     propagate(&builder.root, libc::MS_PRIVATE, false, &target)?;
@@ -877,6 +987,67 @@ pub(crate) fn enter(
     Ok(())
 }
 
+/// As many bytes of options as mount(2) takes: a page, with the zero at its end.
+const LONGEST_OPTIONS: usize = 4095;
+
+/// Mounts an overlay whose layers show their files as those of other users, or whose options are too long for mount(2).
+fn overlay(
+    target: &Path,
+    mount: &RootMount,
+    options: &Options,
+    users: Option<RawFd>,
+) -> Result<()> {
+    let open = || {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(target, flags, Mode::empty()).at("open", target)
+    };
+    let on = |place: &OwnedFd, data: &[String]| {
+        let flags = options.super_flags | mount_flags(options.attr);
+        mount_on(place, &mount.kind, &mount.source, flags, data, target)
+    };
+    let length: usize = options.data.iter().map(|option| option.len() + 1).sum();
+    if users.is_none() && length <= LONGEST_OPTIONS {
+        return on(&open()?, &options.data);
+    }
+    // Layers are attached to short names, below what the root will cover. The overlay keeps clones of its own.
+    mount_on(
+        &open()?,
+        "tmpfs",
+        "tmpfs",
+        libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+        &["mode=700".into()],
+        target,
+    )?;
+    let scratch = open()?;
+    rustix::process::fchdir(&scratch).at("enter", target)?;
+    let data = options.data.iter().map(|option| {
+        let Some(layers) = option.strip_prefix("lowerdir=") else {
+            return Ok(option.clone());
+        };
+        let names = layers.split(':').enumerate().map(|(number, layer)| {
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let tree = open_tree(CWD, layer, flags).at("open layer", layer)?;
+            map_users(&tree, users, false, Path::new(layer))?;
+            let name = number.to_string();
+            mkdirat(&scratch, name.as_str(), Mode::from_raw_mode(0o700))
+                .at("make place of layer", layer)?;
+            move_mount(
+                &tree,
+                "",
+                &scratch,
+                name.as_str(),
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+            )
+            .at("attach layer", layer)?;
+            Ok(name)
+        });
+        let names: Vec<String> = names.collect::<Result<_>>()?;
+        Ok(format!("lowerdir={}", names.join(":")))
+    });
+    let data: Vec<String> = data.collect::<Result<_>>()?;
+    on(&scratch, &data)
+}
+
 /// The mount that a path lies on.
 fn mount_of(path: &Path) -> &Path {
     let is_mount = |path: &&Path| {
@@ -885,6 +1056,15 @@ fn mount_of(path: &Path) -> &Path {
             .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
     };
     path.ancestors().find(is_mount).unwrap_or(Path::new("/"))
+}
+
+fn unmapped(what: &str, inside: u32) -> Error {
+    Error::spec(
+        "linux.uidMappings",
+        format!(
+            "the pod's user namespace has no {what} {inside}, which a mount or device of the container names"
+        ),
+    )
 }
 
 fn attach_root(tree: &OwnedFd, target: &Path) -> Result<()> {
@@ -923,6 +1103,7 @@ pub fn exists(path: &Path) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::users::Maps;
     use proptest::prelude::*;
 
     fn opts(list: &[&str]) -> Options {
@@ -978,11 +1159,15 @@ mod tests {
     }
 
     /// An image in a directory, and beside it what it must not reach.
-    struct Image(tempfile::TempDir);
+    struct Image(tempfile::TempDir, Spec, Mapped);
 
     impl Image {
         fn of(entries: &[(String, Option<String>)]) -> Image {
-            let image = Image(tempfile::tempdir().unwrap());
+            let mapped = Mapped {
+                users: None,
+                maps: Maps::default(),
+            };
+            let image = Image(tempfile::tempdir().unwrap(), Spec::default(), mapped);
             let (root, beside) = (image.root(), image.0.path().join("beside"));
             fs::create_dir_all(&root).unwrap();
             fs::create_dir(beside).unwrap();
@@ -1007,10 +1192,12 @@ mod tests {
             self.0.path().join("root")
         }
 
-        fn builder(&self) -> Builder {
+        fn builder(&self) -> Builder<'_> {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             Builder {
                 root: rustix::fs::open(self.root(), flags, Mode::empty()).unwrap(),
+                spec: &self.1,
+                mapped: &self.2,
             }
         }
 

@@ -81,6 +81,11 @@ fn main() {
             nested_namespaces,
         ),
         ("a_holder_waits_for_what_is_nested_in_it", last_descendant),
+        (
+            "a_container_may_have_users_of_its_own_that_are_nobody_on_the_host",
+            users_of_its_own,
+        ),
+        ("an_image_may_have_a_hundred_layers", many_layers),
         ("an_abandoned_child_ends", abandoned),
     ];
     let trials = tests.iter().map(|(name, test)| {
@@ -261,9 +266,13 @@ fn kill(pid: i32, signal: i32) {
 
 /// Runs a specification to its end; its status and what it wrote.
 fn run(image: &Image, spec: &Value) -> (i32, String) {
+    run_on(image.root(), spec)
+}
+
+fn run_on(root: Root, spec: &Value) -> (i32, String) {
     let spec = parsed(spec);
     let (mut reader, writer) = pipe();
-    let mut plan = plan(&spec, image.root(), Program::Specified);
+    let mut plan = plan(&spec, root, Program::Specified);
     plan.stdio.stderr = Some(writer.try_clone().unwrap());
     plan.stdio.stdout = Some(writer);
     let child = launch(plan).unwrap();
@@ -860,6 +869,155 @@ fn holder_of_descendants() {
     let ended = unsafe { libc::waitpid(child.pid, &raw mut status, libc::WNOHANG) };
     assert_eq!(ended, 0, "it did not wait for its descendant");
     assert_eq!(wait(child.pid), 0);
+}
+
+/// The first of a container's users, as the host has them.
+const FIRST: u32 = 1_000_000;
+
+fn users_of_its_own() {
+    let mapping = json!([{"containerID": 0, "hostID": FIRST, "size": 65536}]);
+    let mapped = |spec: &mut Value, namespaces: Value| {
+        spec["linux"] =
+            json!({"namespaces": namespaces, "uidMappings": mapping, "gidMappings": mapping});
+    };
+    let mut held = spec("");
+    held["process"]["user"] = json!({"uid": 65535, "gid": 65535});
+    mapped(
+        &mut held,
+        json!([{"type": "user"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]),
+    );
+    held["linux"]["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "7"});
+    let held = parsed(&held);
+    let pod = launch(plan(&held, Root::Empty, Program::Holder(HolderKind::Pod))).unwrap();
+    go(&pod).unwrap();
+    let joined = |kind: &str, file: &str| json!({"type": kind, "path": format!("/proc/{}/ns/{file}", pod.pid)});
+    let namespaces = json!([
+        joined("user", "user"), joined("network", "net"), joined("ipc", "ipc"), joined("uts", "uts"),
+        {"type": "pid"}, {"type": "mount"}, {"type": "cgroup"},
+    ]);
+
+    // As a snapshotter gives it: the layers are as on any host, what the container writes is its root's.
+    let (image, written, volume) = (
+        Image::new(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    let (upper, work) = (written.path().join("upper"), written.path().join("work"));
+    let target = written.path().join("root");
+    fs::create_dir(&target).unwrap();
+    for directory in [&upper, &work] {
+        fs::create_dir(directory).unwrap();
+        std::os::unix::fs::chown(directory, Some(FIRST), Some(FIRST)).unwrap();
+    }
+    fs::set_permissions(&upper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let file = volume.path().join("file");
+    fs::write(&file, "").unwrap();
+    std::os::unix::fs::chown(&file, Some(7), Some(8)).unwrap();
+    let script = "id -u; cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox /volume /volume/file /scratch /mail /dev /dev/null /made/for; \
+        touch /volume/new /bin/new && hostname other && hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; mount -o remount,rw /sealed || echo sealed";
+    let mut inside = spec(script);
+    mapped(&mut inside, namespaces);
+    inside["process"]["capabilities"] = json!({"bounding": ["CAP_SYS_ADMIN"], "effective": ["CAP_SYS_ADMIN"], "permitted": ["CAP_SYS_ADMIN"]});
+    inside["process"]["rlimits"] =
+        json!([{"type": "RLIMIT_NOFILE", "soft": 1_000_000, "hard": 1_000_000}]);
+    let path = volume.path().to_string_lossy().into_owned();
+    let more = json!([
+        {"destination": "/volume", "type": "bind", "source": path, "options": ["rbind", "rw"], "uidMappings": mapping, "gidMappings": mapping},
+        {"destination": "/made/for", "type": "bind", "source": path, "options": ["rbind", "ro", "idmap"]},
+        {"destination": "/sealed", "type": "bind", "source": path, "options": ["rbind", "ro"]},
+        {"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+        {"destination": "/mail", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755", "uid=3", "gid=4"]},
+    ]);
+    let mounts = inside["mounts"].as_array_mut().unwrap();
+    mounts.extend(more.as_array().unwrap().iter().cloned());
+    let root = || Root::Mounts {
+        target: target.clone(),
+        mounts: vec![RootMount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("uidmap=0:{FIRST}:65536"),
+                format!("gidmap=0:{FIRST}:65536"),
+                format!("lowerdir={}", image.0.path().display()),
+                format!("upperdir={}", upper.display()),
+                format!("workdir={}", work.display()),
+            ],
+        }],
+    };
+    let (status, text) = run_on(root(), &inside);
+    let map = text.lines().nth(1).unwrap_or_default();
+    let map: Vec<&str> = map.split_whitespace().collect();
+    assert_eq!(map, ["0", "1000000", "65536"], "{text}");
+    let rest: Vec<&str> = text.lines().skip(2).collect();
+    assert_eq!(
+        rest,
+        [
+            "0:0",
+            "0:0",
+            "0:0",
+            "7:8",
+            "0:0",
+            "3:4",
+            "0:0",
+            "0:0",
+            "0:0",
+            "other",
+            "7",
+            "mount: permission denied (are you root?)",
+            "sealed"
+        ],
+        "{text}"
+    );
+    assert_eq!(status, 0, "{text}");
+    let owner = |path: &Path| std::os::unix::fs::MetadataExt::uid(&fs::metadata(path).unwrap());
+    assert_eq!(owner(&volume.path().join("new")), 0);
+    assert_eq!(owner(&upper.join("bin/new")), FIRST);
+    assert_eq!(owner(&upper.join("made/for")), FIRST);
+
+    inside["process"]["user"] = json!({"uid": 65536, "gid": 0});
+    let spec = parsed(&inside);
+    let error = launch(plan(&spec, root(), Program::Specified)).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("process.user.uid: 65536 is not mapped"),
+        "{error}"
+    );
+    kill(pod.pid, libc::SIGKILL);
+    assert_eq!(wait(pod.pid), 137);
+}
+
+fn many_layers() {
+    // More options than mount(2) takes: it takes a page of them.
+    let (image, layers) = (Image::new(), tempfile::tempdir().unwrap());
+    let mut lower = vec![image.0.path().to_path_buf()];
+    for number in 0..100 {
+        let layer = layers.path().join(format!("{number}-{}", "x".repeat(60)));
+        fs::create_dir_all(layer.join("data")).unwrap();
+        fs::write(layer.join("data").join(number.to_string()), "").unwrap();
+        lower.push(layer);
+    }
+    let lower: Vec<String> = lower
+        .iter()
+        .map(|l| l.to_string_lossy().into_owned())
+        .collect();
+    let target = layers.path().join("root");
+    fs::create_dir(&target).unwrap();
+    let root = Root::Mounts {
+        target,
+        mounts: vec![RootMount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![format!("lowerdir={}", lower.join(":")), "ro".into()],
+        }],
+    };
+    let mut wanted = spec("set -- /data/*; echo $#");
+    wanted["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|m| m["destination"] == "/proc");
+    let (status, text) = run_on(root, &wanted);
+    assert_eq!((status, &*text), (0, "100\n"));
 }
 
 const USER: u32 = 1_234_567;

@@ -46,8 +46,7 @@ pub fn runtime_info(name: &str) -> Result<RuntimeInfo, OciSpecError> {
     })
 }
 
-/// As features.md of the OCI runtime specification has it. A user namespace for the containers of a pod (`hostUsers: false`) is not
-/// among them, so kubelet refuses such a pod with these words.
+/// As features.md of the OCI runtime specification has it.
 fn features() -> Result<Features, OciSpecError> {
     let seccomp = SeccompBuilder::default()
         .enabled(true)
@@ -67,7 +66,7 @@ fn features() -> Result<Features, OciSpecError> {
         .v2(true)
         .systemd(true)
         .build()?;
-    let idmap = IDMapBuilder::default().enabled(false).build()?;
+    let idmap = IDMapBuilder::default().enabled(true).build()?;
     let linux = LinuxFeatureBuilder::default()
         .namespaces([
             Namespace::Cgroup,
@@ -75,6 +74,7 @@ fn features() -> Result<Features, OciSpecError> {
             Namespace::Mount,
             Namespace::Network,
             Namespace::Pid,
+            Namespace::User,
             Namespace::Uts,
         ])
         .cgroup(cgroup)
@@ -107,8 +107,8 @@ mod tests {
         let options = told["mountOptions"].as_array().unwrap();
         assert!(options.contains(&"rro".into()));
         let namespaces = told["linux"]["namespaces"].as_array().unwrap();
-        assert!(namespaces.contains(&"pid".into()) && !namespaces.contains(&"user".into()));
-        assert_eq!(told["linux"]["mountExtensions"]["idmap"]["enabled"], false);
+        assert!(namespaces.contains(&"pid".into()) && namespaces.contains(&"user".into()));
+        assert_eq!(told["linux"]["mountExtensions"]["idmap"]["enabled"], true);
         assert_eq!(told["linux"]["seccomp"]["actions"][4], "SCMP_ACT_ERRNO");
     }
 }

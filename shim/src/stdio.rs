@@ -12,7 +12,9 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use sock_sandbox::Stdio;
+use sock_sandbox::users::Users;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
@@ -121,7 +123,16 @@ fn output(path: &str, uid: u32, kept: &mut Kept) -> io::Result<Option<OwnedFd>> 
     Ok(Some(file.into()))
 }
 
-/// Opens the streams of a process of this user.
+/// Who a container's user is on the host: in a user namespace somebody else.
+///
+/// # Errors
+/// The specification's mappings are none.
+pub fn owner(spec: &Spec, uid: u32) -> Result<u32, sock_sandbox::Error> {
+    let users = Users::of(spec)?;
+    Ok(users.and_then(|users| users.uid(uid)).unwrap_or(uid))
+}
+
+/// Opens the streams of a process of this user of the host.
 ///
 /// # Errors
 /// A path that cannot be opened, named.

@@ -148,6 +148,11 @@ fn confined(spec: &Spec) -> Result<(), Failure> {
         );
     }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    if namespaces.is_some_and(|list| list.iter().any(|n| n.typ() == LinuxNamespaceType::User)) {
+        return refuse(
+            "has its own user namespace already: leave hostUsers unset for pods of PackageSets and Functions",
+        );
+    }
     for kind in [
         LinuxNamespaceType::Network,
         LinuxNamespaceType::Ipc,

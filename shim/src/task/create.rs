@@ -128,6 +128,7 @@ async fn build(
 ) -> Result<(), Failure> {
     let spec = &container.spec;
     let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
+    let uid = stdio::owner(spec, uid)?;
     let readers = stdio::readers(paths).await;
     let (mut streams, kept) = stdio::open(paths, uid)?;
     *container.init.kept.borrow_mut() = kept;

@@ -79,7 +79,8 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     if !container.devices_guarded {
         crate::devices::forbid_making(&mut spec);
     }
-    let (streams, kept) = stdio::open(&process.paths, spec.user().uid())?;
+    let uid = stdio::owner(&container.spec, spec.user().uid())?;
+    let (streams, kept) = stdio::open(&process.paths, uid)?;
     *process.kept.borrow_mut() = kept;
     let entrances = container
         .cgroup
