@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::condition::find;
 use crate::connection;
-use crate::contract::{FIELD_MANAGER, is_child, sha256};
+use crate::contract::{FIELD_MANAGER, is_child, sha256, short};
 use crate::controller::Reconciled;
 use crate::metrics::Metrics;
 use sock_crds::Condition;
@@ -476,6 +476,9 @@ fn event(before: &[Condition], after: &[Condition]) -> Option<Event> {
     {
         return None;
     }
+    // Within minutes the recorder takes an event of the same type, reason and action for the same, whatever its note says, and
+    // counts it: another message would not be seen.
+    let message = sha256(std::slice::from_ref(&now.message));
     Some(Event {
         type_: if now.status == "False" && !now.reason.starts_with("Waiting") {
             EventType::Warning
@@ -485,7 +488,30 @@ fn event(before: &[Condition], after: &[Condition]) -> Option<Event> {
         reason: now.reason.clone(),
         // The API server takes 1 kB at most.
         note: Some(now.message.chars().take(1000).collect()),
-        action: "Reconcile".into(),
+        action: format!("Reconcile-{}", short(&message)),
         secondary: None,
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::condition::{Finding, conditions};
+    use k8s_openapi::jiff::Timestamp;
+
+    #[test]
+    fn another_message_is_another_event() {
+        let failed = |message: &str| {
+            let finding = Finding::no("Ready", "ZygoteFailed", message);
+            conditions(&[finding], &[], Some(1), Timestamp::UNIX_EPOCH)
+        };
+        let first = event(&[], &failed("killed")).unwrap();
+        let second = event(&failed("killed"), &failed("out of memory")).unwrap();
+        assert_eq!(first.reason, second.reason);
+        assert_ne!(first.action, second.action);
+        assert!(event(&failed("killed"), &failed("killed")).is_none());
+        let again = event(&[], &failed("killed")).unwrap();
+        assert_eq!(first.action, again.action);
+    }
 }

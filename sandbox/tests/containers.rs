@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Arguments, Failed, Trial};
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
-use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
+use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location, OomWatch};
 use sock_sandbox::root::{Root, RootMount};
 use sock_sandbox::{
     ExecPlan, HolderKind, Launched, Outer, Plan, Program, Progress, Stdio, UserMapping, exec,
@@ -55,6 +55,10 @@ fn main() {
         ("exec_joins_the_container_and_its_cgroup", exec_joins),
         ("a_terminal_is_the_containers_own", terminal),
         ("a_cgroup_limits_freezes_and_kills", cgroup),
+        (
+            "an_end_for_want_of_memory_is_known_when_its_cgroup_is_gone",
+            out_of_memory,
+        ),
         (
             "a_cgroup_that_others_have_removed_in_part_can_be_entered",
             removed_in_part,
@@ -661,6 +665,42 @@ fn cgroup() {
 }
 
 /// As systemd does on version 1, where a scope is in hierarchies that it does not manage.
+fn out_of_memory() {
+    // The kernel says of the cgroup's end what it says of an end of memory: one must not be taken for the other.
+    for (script, expected) in [
+        (
+            "dd if=/dev/zero of=/dev/null bs=64M count=1 2>/dev/null",
+            true,
+        ),
+        ("sleep 100", false),
+    ] {
+        let image = Image::new();
+        let spec = parsed(&spec(script));
+        let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
+        let limit = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+        let cgroup = TestCgroup::new("oom", child.pid, &limit);
+        let watch = OomWatch::new(&cgroup.0).unwrap();
+        go(&child).unwrap();
+        if !expected {
+            assert_eq!(watch.killed(), Some(false));
+            kill(child.pid, libc::SIGKILL);
+        }
+        assert_eq!(wait(child.pid), 137);
+        let end = Instant::now() + Duration::from_secs(5);
+        while cgroup.0.remove().is_err() {
+            assert!(Instant::now() < end, "the cgroup cannot be removed");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let end = Instant::now() + Duration::from_secs(1);
+        let mut killed = watch.killed();
+        while killed.is_none() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+            killed = watch.killed();
+        }
+        assert_eq!(killed.unwrap_or(false), expected);
+    }
+}
+
 fn removed_in_part() {
     let image = Image::new();
     let spec = parsed(&spec("while :; do :; done"));

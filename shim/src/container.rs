@@ -4,13 +4,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use sock_sandbox::cgroup::Cgroup;
+use sock_sandbox::cgroup::{Cgroup, OomWatch};
 
-use crate::process::Process;
+use crate::process::{Exit, Process};
 use crate::role::Role;
 use crate::uses::Use;
+
+const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
+/// A cgroup that is removed tells those who follow it from a queue of the kernel's work.
+const OOM_TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 /// A container of the pod.
 pub struct Container {
@@ -28,6 +33,10 @@ pub struct Container {
     pub execs: RefCell<HashMap<String, Rc<Process>>>,
     /// Where its processes are.
     pub cgroup: RefCell<Option<Cgroup>>,
+    /// Says if the kernel has killed in it for want of memory.
+    pub oom: RefCell<Option<OomWatch>>,
+    /// Whether it has, as far as was asked.
+    pub out_of_memory: Cell<bool>,
     /// Whether it is paused.
     pub paused: Cell<bool>,
     /// Whether its cgroup says which devices it may open.
@@ -52,6 +61,22 @@ impl Container {
                         && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())
                 })
             })
+    }
+
+    /// At the end of its first process: whether the kernel has killed in it for want of memory.
+    pub async fn ran_out_of_memory(&self, exit: Exit) -> bool {
+        let Some(oom) = self.oom.take() else {
+            return false;
+        };
+        let killed_by_nobody_here = exit.status == 128 + SIGKILL && !self.init.was_told_to_die();
+        let end = Instant::now() + OOM_TOLD_WITHIN;
+        let mut killed = oom.killed();
+        while killed.is_none() && killed_by_nobody_here && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            killed = oom.killed();
+        }
+        self.out_of_memory.set(killed.unwrap_or(false));
+        self.out_of_memory.get()
     }
 
     /// What the role does after the end of the first process, before anybody is told.

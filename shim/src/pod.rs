@@ -95,12 +95,7 @@ impl Pod {
         if let Role::Function(function) = &container.role {
             function.stop(Duration::ZERO).await;
         }
-        let oom = container
-            .cgroup
-            .borrow()
-            .as_ref()
-            .map_or(0, sock_sandbox::cgroup::Cgroup::oom_kills);
-        if oom > 0 {
+        if container.ran_out_of_memory(exit).await {
             self.events.publish(TaskOOM {
                 container_id: container.id.clone(),
                 ..TaskOOM::default()

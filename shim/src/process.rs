@@ -55,6 +55,7 @@ pub struct Process {
     exit: watch::Sender<Option<Exit>>,
     /// Said in place of its own status.
     ends_as: Cell<Option<u32>>,
+    told_to_die: Cell<bool>,
 }
 
 impl Process {
@@ -73,6 +74,7 @@ impl Process {
             spec: RefCell::default(),
             exit: watch::Sender::new(None),
             ends_as: Cell::new(None),
+            told_to_die: Cell::new(false),
         }
     }
 
@@ -231,6 +233,12 @@ impl Process {
         }
     }
 
+    /// Whether it was sent SIGKILL from here.
+    #[must_use]
+    pub fn was_told_to_die(&self) -> bool {
+        self.told_to_die.get()
+    }
+
     /// Sends a signal.
     ///
     /// # Errors
@@ -240,6 +248,9 @@ impl Process {
         let pidfd = self.pidfd.borrow().clone().ok_or_else(gone)?;
         if self.exited().is_some() {
             return Err(gone());
+        }
+        if signal == libc::SIGKILL {
+            self.told_to_die.set(true);
         }
         // SAFETY: plain numbers and no siginfo.
         let result = unsafe {

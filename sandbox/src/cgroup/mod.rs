@@ -5,6 +5,7 @@
 //! together with the container's first one ([`Cgroup::create`]).
 
 mod limits;
+mod oom;
 mod systemd;
 mod tracking;
 
@@ -21,6 +22,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::error::Step;
 use crate::{Error, Result};
 
+pub use oom::OomWatch;
 pub use tracking::follow;
 
 /// Of a directory, in bytes (`NAME_MAX`).
@@ -758,26 +760,19 @@ impl Cgroup {
         limited(directory) || directory.parent().is_some_and(limited)
     }
 
-    /// How many processes were killed for want of memory so far.
+    /// How many processes were killed for want of memory so far: none when the cgroup is gone ([`OomWatch`]).
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
-        let Some(directory) = self.controller("memory") else {
-            return 0;
-        };
+        self.counted_oom_kills().unwrap_or(0)
+    }
+
+    fn counted_oom_kills(&self) -> Option<u64> {
         let file = if self.unified {
             "memory.events"
         } else {
             "memory.oom_control"
         };
-        fs::read_to_string(directory.join(file))
-            .ok()
-            .and_then(|text| {
-                text.lines().find_map(|l| {
-                    l.strip_prefix("oom_kill ")
-                        .and_then(|n| n.trim().parse().ok())
-                })
-            })
-            .unwrap_or(0)
+        oom_kills_in(&self.controller("memory")?.join(file))
     }
 
     /// The directory that says of memory, or on version 2 the only one.
@@ -893,6 +888,12 @@ fn inherit_cpuset(directory: &Path) -> Result<()> {
 
 fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).at("read", path)
+}
+
+fn oom_kills_in(file: &Path) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let number = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    number?.trim().parse().ok()
 }
 
 fn write(path: &Path, value: &str) -> Result<()> {

@@ -446,7 +446,7 @@ impl ZygoteContainer {
 fn shortage(container: &Container) -> Option<Shortage> {
     let cgroup = container.cgroup.borrow().clone();
     cgroup
-        .filter(|cgroup| cgroup.oom_kills() > 0)
+        .filter(|cgroup| container.out_of_memory.get() || cgroup.oom_kills() > 0)
         .map(|cgroup| Shortage::in_cgroup(&cgroup))
 }
 

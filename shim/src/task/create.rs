@@ -7,7 +7,7 @@ use std::rc::Rc;
 use containerd_shim::api::{CreateTaskRequest, CreateTaskResponse};
 use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use sock_sandbox::cgroup::{Cgroup, Location};
+use sock_sandbox::cgroup::{Cgroup, Location, OomWatch};
 use sock_sandbox::hook::{self, Identity, Kind};
 use sock_sandbox::root::{Root, RootMount};
 use sock_sandbox::{HolderKind, Plan, Program, namespace};
@@ -78,6 +78,8 @@ pub(super) async fn create(
         init: init.clone(),
         execs: std::cell::RefCell::default(),
         cgroup: std::cell::RefCell::default(),
+        oom: std::cell::RefCell::default(),
+        out_of_memory: std::cell::Cell::default(),
         paused: std::cell::Cell::new(false),
         devices_guarded,
         used,
@@ -176,6 +178,12 @@ async fn build(
         Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
     if matches!(container.role, Role::Sandbox) {
         crate::home::enter(hierarchies, &cgroup);
+    }
+    match OomWatch::new(&cgroup) {
+        Ok(watch) => *container.oom.borrow_mut() = Some(watch),
+        Err(error) => {
+            tracing::warn!(container = container.id, %error, "nobody will be told if it runs out of memory")
+        }
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
     drop(launched);
