@@ -89,6 +89,16 @@ run() {
 spec "" ""; run "$1"
 spec createRuntime 'echo no device >&2; exit 3'; run "$1"; grep -o "no device" $at/error | head -1
 spec startContainer 'exit 3'; run "$1" | head -2
+# The end of its shim is the end of a container, and of that it is told too.
+spec "" ""
+jq '.process.args = ["/bin/sleep", "600"]' $at/config.json >$at/sleeps && mv $at/sleeps $at/config.json
+on() { timeout 30 ctr -n k8s.io "$@" </dev/null 2>$at/error; }
+on run --detach --runtime "$1" --config $at/config.json sock-ctr-hooks
+rm -f $at/seen
+kill -9 "$(awk '$1 == "PPid:" { print $2 }' "/proc/$(on task ls | awk '$1 == "sock-ctr-hooks" { print $2 }')/status")"
+for try in $(seq 100); do [ ! -s $at/seen ] || break; sleep 0.1; done
+cat $at/seen
+on containers delete sock-ctr-hooks
 "#;
 
 /// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.
@@ -158,7 +168,10 @@ fn hooks_run_where_and_when_runc_runs_them() -> Result<()> {
     let node = worker()?;
     let [runc, sock] = [RUNC, SOCK].map(|runtime| node.shell(HOOKS, &[runtime]));
     let (runc, sock) = (runc?, sock?);
-    ensure!(runc.contains("no device"), "{runc}");
+    ensure!(
+        runc.contains("no device") && runc.ends_with("[\"stopped\",\"sock-ctr-hooks\"]\n"),
+        "{runc}"
+    );
     ensure!(runc == sock, "=== runc\n{runc}\n=== sock\n{sock}");
     Ok(())
 }

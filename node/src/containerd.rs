@@ -340,22 +340,34 @@ pub struct Configurator {
 }
 
 impl Configurator {
-    /// Makes the configuration name the runtime; true if containerd has to be restarted to know it.
-    pub fn configure(&mut self, host: &Host, process: &Process) -> Result<bool, Error> {
-        self.write(host, process, || verify(host, process))
+    /// Makes the configuration name the runtime; true if containerd has to be restarted to know it, or what it can do:
+    /// `features`, which containerd asks for when it starts.
+    pub fn configure(
+        &mut self,
+        host: &Host,
+        process: &Process,
+        features: &str,
+    ) -> Result<bool, Error> {
+        self.write(host, process, features, || verify(host, process))
     }
 
     fn write(
         &mut self,
         host: &Host,
         process: &Process,
+        features: &str,
         verify: impl FnOnce() -> Result<(), Error>,
     ) -> Result<bool, Error> {
         let due = host.path(RESTART_DUE);
         let was_due = due.exists();
         let main = host.path(&process.config);
         let text = read_if_there(&main)?;
-        let plan = plan(&process.config, text.as_deref())?;
+        let mut plan = plan(&process.config, text.as_deref())?;
+        let features = features.trim().replace('\n', " ");
+        plan.drop_in_text = format!(
+            "{}\n# What the runtime can do, for containerd reads that only when it starts:\n# {features}\n",
+            plan.drop_in_text
+        );
         let drop_in = host.path(&plan.drop_in);
         if let (Some(_), Some(before)) = (&plan.main, &self.edited)
             && text.as_deref().unwrap_or_default() == before
@@ -820,7 +832,7 @@ version = 2
             config: DEFAULT_CONFIG.into(),
             unit: None,
         };
-        let turn = || Configurator::default().write(&host, &process, || Ok(()));
+        let turn = || Configurator::default().write(&host, &process, "{}", || Ok(()));
         assert!(turn().unwrap());
         assert!(turn().unwrap(), "the restart failed");
         Configurator::restarted(&host).unwrap();
@@ -834,8 +846,13 @@ version = 2
             .unwrap();
         assert!(!turn().unwrap());
 
+        let told = || Configurator::default().write(&host, &process, "{\"more\": 1}", || Ok(()));
+        assert!(told().unwrap(), "containerd asks when it starts");
+        Configurator::restarted(&host).unwrap();
+        assert!(!told().unwrap());
+
         fs::write(&drop_in, "version = 3\n").unwrap();
-        let refused = Configurator::default().write(&host, &process, || Err(Error::Ignored));
+        let refused = Configurator::default().write(&host, &process, "{}", || Err(Error::Ignored));
         assert!(matches!(refused, Err(Error::Ignored)));
         assert!(
             !host.path(RESTART_DUE).exists(),

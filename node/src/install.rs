@@ -173,7 +173,13 @@ impl Installer {
             tracing::info!("containerd finds the runtime by its name");
         }
         let process = Process::find(&self.host)?;
-        if self.configurator.configure(&self.host, &process)? {
+        let shim = payload::shim();
+        let features = self.host.run(&shim.to_string_lossy(), &["features"]);
+        let features = features.map_err(containerd::Error::Host)?;
+        if self
+            .configurator
+            .configure(&self.host, &process, &features)?
+        {
             tracing::info!(config = %process.config.display(), unit = process.unit, "restarting containerd");
             containerd::restart(&self.host, &process)?;
             Configurator::restarted(&self.host)?;

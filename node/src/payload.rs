@@ -70,7 +70,8 @@ pub const PAYLOAD: &str = "/opt/sock";
 const PROGRAMS: &str = "/opt/containerd/bin";
 const SHIM: &str = "containerd-shim-sock-v1";
 
-fn shim() -> PathBuf {
+/// containerd's way to start pods, on the host.
+pub fn shim() -> PathBuf {
     Path::new(PAYLOAD).join("bin").join(SHIM)
 }
 

@@ -46,6 +46,14 @@ pub fn runtime_info(name: &str) -> Result<RuntimeInfo, OciSpecError> {
     })
 }
 
+/// The same for people and for those who compare.
+///
+/// # Errors
+/// It cannot be written down.
+pub fn json() -> Result<String, OciSpecError> {
+    serde_json::to_string(&features()?).map_err(OciSpecError::SerDe)
+}
+
 /// As features.md of the OCI runtime specification has it.
 fn features() -> Result<Features, OciSpecError> {
     let seccomp = SeccompBuilder::default()

@@ -16,6 +16,7 @@ pub mod pod;
 pub mod process;
 pub mod reexec;
 pub mod role;
+pub mod serve;
 pub mod service;
 pub mod status;
 pub mod stdio;

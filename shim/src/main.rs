@@ -3,9 +3,24 @@
 use std::time::Duration;
 
 use containerd_shim::Config;
+use sock_shim::serve;
 use sock_shim::service::Service;
 
 fn main() {
+    // As runc and crun have it (features.md of the OCI runtime specification).
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == "features")
+    {
+        match sock_shim::features::json() {
+            Ok(text) => println!("{text}"),
+            Err(error) => {
+                eprintln!("containerd-shim-sock-v1: features: {error}");
+                std::process::exit(1);
+            }
+        }
+        return;
+    }
     // `start` and `delete` enter no container.
     if std::env::args_os().any(|a| a == "-socket")
         && let Err(e) = sock_shim::reexec::from_read_only_mount()
@@ -27,18 +42,33 @@ fn main() {
             std::process::exit(1);
         }
     };
+    let local = tokio::task::LocalSet::new();
+    let outcome = local.block_on(&runtime, run());
+    // Tasks that still wait for what will not come do not hold the process.
+    runtime.shutdown_background();
+    if let Err(e) = outcome {
+        eprintln!("containerd-shim-sock-v1: {e}");
+        std::process::exit(1);
+    }
+}
+
+async fn run() -> Result<(), containerd_shim::Error> {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let flags = containerd_shim::parse(&arguments)?;
+    if serve::is_for_version_2(&flags) {
+        println!("{}", serve::start_version_2(&flags).await?);
+        return Ok(());
+    }
+    if !flags.socket.is_empty() && flags.action.is_empty() {
+        return serve::serve(&flags).await;
+    }
     let config = Config {
         no_setup_logger: true,
         no_reaper: true,
         ..Config::default()
     };
-    let local = tokio::task::LocalSet::new();
-    local.block_on(
-        &runtime,
-        containerd_shim::asynchronous::run::<Service>("io.containerd.sock.v1", Some(config)),
-    );
-    // Tasks that still wait for what will not come do not hold the process.
-    runtime.shutdown_background();
+    containerd_shim::asynchronous::run::<Service>("io.containerd.sock.v1", Some(config)).await;
+    Ok(())
 }
 
 /// A Function's pod holds a descriptor of every connection, parked ones too. Containers without limits of their own inherit

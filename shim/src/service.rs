@@ -9,16 +9,18 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use containerd_shim::asynchronous::publisher::RemotePublisher;
-use containerd_shim::asynchronous::{ExitSignal, Shim, spawn};
+use containerd_shim::asynchronous::{ExitSignal, Shim};
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::types::introspection::RuntimeInfo;
 use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
+use sock_sandbox::hook::{self, Identity, Kind};
 
 use crate::crash::{self, Trace};
 use crate::events::Events;
 use crate::log;
 use crate::pod::Pod;
+use crate::serve;
 use crate::task::{Jobs, TaskService, timestamp};
 
 /// Entry of the shim.
@@ -68,6 +70,26 @@ async fn clean(sandbox: &Path, trace: &Trace) {
     crate::role::zygote::release(sandbox, &trace.id);
     crate::role::installer::discard_staging(&trace.id);
     crate::uses::end_all(&trace.id);
+    if let Err(error) = after_stop(trace).await {
+        tracing::warn!(container = trace.id, %error, "a hook failed");
+    }
+}
+
+/// Runs the hooks that the container's specification has for after its end.
+async fn after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
+    const KIND: &[Kind] = &[Kind::Poststop];
+    let Ok(spec) = load_spec(&trace.bundle) else {
+        return Ok(());
+    };
+    if !hook::has(&spec, KIND) {
+        return Ok(());
+    }
+    let container = Identity {
+        id: trace.id.clone(),
+        bundle: trace.bundle.clone(),
+    };
+    alone().await;
+    crate::process::done(hook::launch(&spec, KIND, &container, 0)?).await
 }
 
 #[async_trait]
@@ -75,18 +97,7 @@ impl Shim for Service {
     type T = TaskService;
 
     async fn new(_runtime_id: &str, args: &Flags, _config: &mut Config) -> Self {
-        let bundle = if args.bundle.is_empty() {
-            std::env::current_dir().unwrap_or_else(|_| "/".into())
-        } else {
-            (&args.bundle).into()
-        };
-        Self {
-            exit: Arc::new(ExitSignal::default()),
-            id: args.id.clone(),
-            namespace: args.namespace.clone(),
-            bundle,
-            debug: args.debug,
-        }
+        Self::of(args)
     }
 
     async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
@@ -96,7 +107,7 @@ impl Shim for Service {
             .as_ref()
             .and_then(|a| a.get(SANDBOX_ID).cloned())
             .unwrap_or_else(|| opts.id.clone());
-        let address = spawn(opts, &group, Vec::new()).await?;
+        let address = serve::spawn(&opts, &group)?;
         // Lets the server remove its socket at the end.
         std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError {
             context: "write address".into(),
@@ -143,8 +154,33 @@ impl Shim for Service {
     }
 
     async fn create_task_service(&self, _publisher: RemotePublisher) -> TaskService {
+        self.tasks()
+    }
+}
+
+impl Service {
+    /// The one that these arguments are for.
+    #[must_use]
+    pub fn of(flags: &Flags) -> Service {
+        let bundle = if flags.bundle.is_empty() {
+            std::env::current_dir().unwrap_or_else(|_| "/".into())
+        } else {
+            (&flags.bundle).into()
+        };
+        Self {
+            exit: Arc::new(ExitSignal::default()),
+            id: flags.id.clone(),
+            namespace: flags.namespace.clone(),
+            bundle,
+            debug: flags.debug,
+        }
+    }
+
+    /// What answers containerd's calls. Everything of the pod lives on the calling thread.
+    #[must_use]
+    pub fn tasks(&self) -> TaskService {
         log::init(&self.bundle, &self.id, self.debug);
-        let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
+        let address = std::env::var(serve::TTRPC_ADDRESS).unwrap_or_default();
         let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel();
         let (exit, namespace) = (self.exit.clone(), self.namespace.clone());
         // Everything of the pod lives on this one thread; the service that ttrpc calls only sends jobs to it.
