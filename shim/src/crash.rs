@@ -47,6 +47,23 @@ pub fn record(sandbox: &Path, trace: &Trace) -> io::Result<()> {
     file.write_all(&line)
 }
 
+/// In a container's bundle, once the hooks for after its end have been run.
+const STOPPED: &str = "sock-stopped";
+
+/// Notes that the hooks for after the end of a container are run now.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn stopped(bundle: &Path) -> io::Result<()> {
+    fs::write(bundle.join(STOPPED), b"")
+}
+
+/// Whether that was noted.
+#[must_use]
+pub fn was_stopped(bundle: &Path) -> bool {
+    bundle.join(STOPPED).exists()
+}
+
 /// All containers of a pod.
 #[must_use]
 pub fn traces(sandbox: &Path) -> Vec<Trace> {

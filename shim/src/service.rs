@@ -81,7 +81,7 @@ async fn after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
     let Ok(spec) = load_spec(&trace.bundle) else {
         return Ok(());
     };
-    if !hook::has(&spec, KIND) {
+    if !hook::has(&spec, KIND) || crash::was_stopped(&trace.bundle) {
         return Ok(());
     }
     let container = Identity {

@@ -214,7 +214,10 @@ async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
         return Ok(());
     }
     let pid = match kinds {
-        [Kind::Poststop] => 0,
+        [Kind::Poststop] => {
+            crash::stopped(&container.bundle)?;
+            0
+        }
         _ => container.init.pid(),
     };
     let helper = hook::launch(&container.spec, kinds, &identity(container), pid)?;
