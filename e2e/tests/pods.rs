@@ -81,7 +81,9 @@ fn a_pod_may_have_users_of_its_own_that_are_nobody_on_the_node() {
             })
         };
         let config = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "config"}, "data": {"key": "value"}});
-        namespace.apply(&[config, pod("one"), pod("other")])?;
+        let mut other = pod("other");
+        other["spec"]["shareProcessNamespace"] = json!(true);
+        namespace.apply(&[config, pod("one"), other])?;
         let mut firsts = Vec::new();
         for name in ["one", "other"] {
             let expected = format!("{name}\n0\n{}7:8\n{}", "0:0\n".repeat(3), "0:0\n".repeat(6));
