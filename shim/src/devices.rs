@@ -1,29 +1,37 @@
-//! Device files on cgroup version 2.
+//! Device files where the kernel cannot be told which ones a container may open.
 //!
-//! Version 1 has a controller that says which devices a container may open. Version 2 leaves that to a BPF program, which is not
-//! loaded here. Instead a container that may not open every device anyway (a privileged one may) can make no device file, and those
-//! of its image are none: what is left are the devices that the runtime puts into `/dev`.
+//! Version 1 of cgroups has a controller for that, version 2 takes a program, which is not loaded everywhere. Where it is not, a
+//! container that may not open every device anyway (a privileged one may) can make no device file, and those of its image are none:
+//! what is left are the devices that the runtime puts into `/dev`.
 
 use std::collections::HashSet;
 
-use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxDeviceType, Process, Spec};
+use oci_spec::runtime::{
+    Capability, LinuxCapabilities, LinuxDeviceCgroup, LinuxDeviceType, Process, Spec,
+};
+use sock_sandbox::cgroup::devices_can_be_guarded;
+
+fn rules(spec: &Spec) -> &[LinuxDeviceCgroup] {
+    let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
+    resources
+        .and_then(|r| r.devices().as_deref())
+        .unwrap_or_default()
+}
+
+/// Whether the container's cgroup is going to keep all other devices from it.
+#[must_use]
+pub fn are_guarded(unified: bool, spec: &Spec) -> bool {
+    devices_can_be_guarded(unified, rules(spec))
+}
 
 /// Whether the specification leaves the choice of devices to the container.
 #[must_use]
 pub fn all_allowed(spec: &Spec) -> bool {
-    let rules = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.resources().as_ref())
-        .and_then(|r| r.devices().as_ref());
     // Rules are applied in order; the last that speaks of all devices counts.
-    rules
-        .and_then(|rules| {
-            rules
-                .iter()
-                .rfind(|r| r.typ().unwrap_or(LinuxDeviceType::A) == LinuxDeviceType::A)
-        })
-        .is_some_and(oci_spec::runtime::LinuxDeviceCgroup::allow)
+    rules(spec)
+        .iter()
+        .rfind(|r| r.typ().unwrap_or(LinuxDeviceType::A) == LinuxDeviceType::A)
+        .is_some_and(LinuxDeviceCgroup::allow)
 }
 
 /// Takes the capability to make device files from a process.

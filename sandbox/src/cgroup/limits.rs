@@ -3,11 +3,9 @@
 //! Values for version 2 are derived from the version 1 terms of the specification as in its
 //! `config-linux.md` and runc: shares of 2..262144 become a weight of 1..10000.
 
-use std::path::Path;
+use oci_spec::runtime::LinuxResources;
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
-
-use super::{Cgroup, write};
+use super::{Cgroup, devices, write};
 use crate::Result;
 
 /// CPU shares of version 1 as a weight of version 2.
@@ -120,58 +118,10 @@ fn version_1(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
             }
         }
     }
-    if let (Some(directory), Some(rules)) = (cgroup.controller("devices"), resources.devices()) {
-        devices(directory, rules)?;
-    }
-    Ok(())
-}
-
-fn devices(directory: &Path, rules: &[LinuxDeviceCgroup]) -> Result<()> {
-    for rule in rules {
-        let kind = match rule.typ().unwrap_or(LinuxDeviceType::A) {
-            LinuxDeviceType::B => 'b',
-            LinuxDeviceType::C | LinuxDeviceType::U => 'c',
-            LinuxDeviceType::A => 'a',
-            LinuxDeviceType::P => continue,
-        };
-        let number = |n: Option<i64>| {
-            n.filter(|n| *n >= 0)
-                .map_or_else(|| "*".to_string(), |n| n.to_string())
-        };
-        let access = rule.access().clone().unwrap_or_else(|| "rwm".into());
-        let line = if kind == 'a' {
-            "a".to_string()
-        } else {
-            format!(
-                "{kind} {}:{} {access}",
-                number(rule.major()),
-                number(rule.minor())
-            )
-        };
-        write(
-            &directory.join(if rule.allow() {
-                "devices.allow"
-            } else {
-                "devices.deny"
-            }),
-            &line,
-        )?;
-    }
-    if !rules.is_empty() {
-        // What every container has whatever the rules say (config-linux.md, "Default Devices").
-        for line in [
-            "c 1:3 rwm",
-            "c 1:5 rwm",
-            "c 1:7 rwm",
-            "c 1:8 rwm",
-            "c 1:9 rwm",
-            "c 5:0 rwm",
-            "c 5:2 rwm",
-            "c 136:* rwm",
-            "c *:* m",
-            "b *:* m",
-        ] {
-            write(&directory.join("devices.allow"), line)?;
+    if let (Some(directory), Some(given)) = (cgroup.controller("devices"), resources.devices()) {
+        for rule in devices::rules(given)? {
+            let (file, line) = rule.version_1();
+            write(&directory.join(file), &line)?;
         }
     }
     Ok(())
@@ -229,6 +179,17 @@ fn version_2(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
                 "max".into()
             },
         )?;
+    }
+    if let Some(given) = resources
+        .devices()
+        .as_ref()
+        .filter(|rules| !rules.is_empty())
+    {
+        match devices::Program::load(&devices::rules(given)?) {
+            Ok(program) => program.attach(directory)?,
+            // Whoever makes the container keeps device files from it (`can_be_guarded`).
+            Err(error) => tracing::debug!(%error, "devices are not guarded"),
+        }
     }
     for (file, value) in resources.unified().iter().flatten() {
         if file.contains('/') {

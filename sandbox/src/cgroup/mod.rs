@@ -4,6 +4,7 @@
 //! directory. [`Cgroup`] hides the difference. A systemd scope lives only while it has a process, so it is created
 //! together with the container's first one ([`Cgroup::create`]).
 
+mod devices;
 mod limits;
 mod oom;
 mod systemd;
@@ -22,6 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::error::Step;
 use crate::{Error, Result};
 
+pub use devices::can_be_guarded as devices_can_be_guarded;
 pub use oom::OomWatch;
 pub use tracking::follow;
 

@@ -16,7 +16,7 @@ use super::Failure;
 use crate::children::Claim;
 use crate::container::Container;
 use crate::crash::{self, Trace};
-use crate::devices::{all_allowed, forbid_making};
+use crate::devices::{all_allowed, are_guarded, forbid_making};
 use crate::pod::Pod;
 use crate::process::{self, Process};
 use crate::role::Role;
@@ -43,7 +43,7 @@ pub(super) async fn create(
     let mut spec = load_spec(&bundle).map_err(|e| Failure::invalid(e.to_string()))?;
     trace(&bundle, &request.id, &spec)?;
     let (role, used) = Role::of(&request.id, &mut spec)?;
-    let devices_guarded = !pod.hierarchies()?.unified() || all_allowed(&spec);
+    let devices_guarded = all_allowed(&spec) || are_guarded(pod.hierarchies()?.unified(), &spec);
     if !devices_guarded && let Some(process) = spec.process_mut() {
         forbid_making(process);
     }
