@@ -15,7 +15,7 @@ use crate::holder::{HolderKind, holder_program};
 use crate::hook::{self, Kind};
 use crate::launch::{Caller, ExecPlan, Mapped, Plan, Program, Stdio};
 use crate::namespace::{self, Wanted};
-use crate::{Error, Result, capability, rlimit, root, seccomp};
+use crate::{Error, Result, capability, rlimit, root, schedule, seccomp};
 
 /// Ends the calling process without running what the copied program registered for its end.
 pub(crate) fn leave(code: i32) -> ! {
@@ -176,6 +176,9 @@ pub(crate) fn first(
             },
         )?;
     }
+    if let (Program::Specified, Some(process)) = (&plan.program, spec.process()) {
+        schedule::apply(process, spec.linux().as_ref())?;
+    }
     if let Some(user) = user {
         if let Some(limits) = spec.process().as_ref().and_then(|p| p.rlimits().as_ref()) {
             // Inside nobody may raise one (setrlimit(2)).
@@ -259,6 +262,7 @@ pub(crate) fn further(
     for (kind, fd) in joined {
         namespace::join(fd, kind)?;
     }
+    schedule::apply(plan.process, None)?;
     if let Some(user) = user {
         if let Some(limits) = plan.process.rlimits() {
             rlimit::apply(limits)?;

@@ -17,6 +17,7 @@ pub mod launch;
 pub mod namespace;
 mod rlimit;
 pub mod root;
+mod schedule;
 pub mod seccomp;
 pub mod users;
 

@@ -318,6 +318,9 @@ fn remount(path: &Path, flags: libc::c_ulong) -> Result<()> {
     }
 }
 
+/// Between mounts and renames of others there is always a moment, of microseconds.
+const MOST_TRIES: usize = 10_000;
+
 /// As many as the kernel follows (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
@@ -337,13 +340,22 @@ impl Builder<'_> {
         } else {
             relative
         };
-        openat2(
-            &self.root,
-            relative,
-            flags | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        )
+        let mut tries = 0;
+        loop {
+            let opened = openat2(
+                &self.root,
+                relative,
+                flags | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+            );
+            tries += 1;
+            // A path with `..` cannot be followed while anything on the machine is mounted or renamed (openat2(2)).
+            if opened.as_ref().err() != Some(&rustix::io::Errno::AGAIN) || tries == MOST_TRIES {
+                return opened;
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// Who a user of the container is outside: everything here is made before its user namespace is entered.
@@ -1233,6 +1245,31 @@ mod tests {
         let seen = builder.open(path, OFlags::PATH).unwrap();
         assert_eq!(inode(&made), inode(&seen));
         assert!(image.root().join("run/stub.conf").is_file());
+    }
+
+    #[test]
+    fn a_path_is_followed_while_others_rename() {
+        let image = Image::of(&[("a/b/c".into(), None)]);
+        let (builder, beside) = (image.builder(), image.0.path().join("beside"));
+        let ended = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (one, other) = (beside.join("one"), beside.join("other"));
+                fs::create_dir(&one).unwrap();
+                while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                    fs::rename(&one, &other).unwrap();
+                    fs::rename(&other, &one).unwrap();
+                }
+            });
+            for _ in 0..2000 {
+                let opened = builder.open(Path::new("/a/b/../b/../b/c"), OFlags::PATH);
+                if let Err(error) = opened {
+                    ended.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("{error}");
+                }
+            }
+            ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 
     proptest! {

@@ -94,6 +94,7 @@ fn main() {
             users_of_its_own,
         ),
         ("an_image_may_have_a_hundred_layers", many_layers),
+        ("a_container_is_scheduled_as_it_says", scheduled),
         ("an_abandoned_child_ends", abandoned),
     ];
     let trials = tests.iter().map(|(name, test)| {
@@ -1110,6 +1111,30 @@ fn users_of_its_own() {
     );
     kill(pod.pid, libc::SIGKILL);
     assert_eq!(wait(pod.pid), 137);
+}
+
+fn scheduled() {
+    let image = Image::new();
+    for applet in ["ionice", "uname", "grep"] {
+        std::os::unix::fs::symlink("busybox", image.0.path().join("bin").join(applet)).unwrap();
+    }
+    let mut wanted = spec("ionice; uname -m; cat /proc/self/stat");
+    wanted["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5});
+    wanted["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+    wanted["linux"]["personality"] = json!({"domain": "LINUX32"});
+    let (status, text) = run(&image, &wanted);
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some("best-effort: prio 6"), "{text}");
+    assert_eq!(lines.next(), Some("i686"), "{text}");
+    // nice and policy (proc_pid_stat(5)).
+    let stat: Vec<&str> = lines.next().unwrap().split(' ').collect();
+    assert_eq!((status, stat[18], stat[40]), (0, "5", "3"), "{text}");
+    wanted["process"]["ioPriority"]["priority"] = json!(9);
+    let (_, error) = run(&image, &wanted);
+    assert!(
+        error.starts_with("process.ioPriority.priority: 9 "),
+        "{error}"
+    );
 }
 
 fn many_layers() {
