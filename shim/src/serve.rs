@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 
 use containerd_shim::api::Options;
@@ -46,8 +46,8 @@ pub fn spawn(opts: &StartOpts, group: &str) -> Result<String, Error> {
     let Some(listener) = listen(Path::new(path)).map_err(at("listen on", path))? else {
         return Ok(address);
     };
-    let program = std::env::current_exe().map_err(at("find", "this program"))?;
-    let mut command = Command::new(&program);
+    let (mut command, program) =
+        crate::reexec::command().map_err(at("mount read-only", "this program"))?;
     command
         .args(["-namespace", &opts.namespace, "-id", &opts.id])
         .args(["-address", &opts.address, "-socket", &address])
@@ -73,7 +73,8 @@ pub fn spawn(opts: &StartOpts, group: &str) -> Result<String, Error> {
             Ok(())
         });
     }
-    let mut server = command.spawn().map_err(at("start", &program))?;
+    let mut server = command.spawn().map_err(at("start", "this program"))?;
+    drop(program);
     let options = opts.extension::<Options>();
     let confined = options.and_then(|options| {
         let cgroup = options
@@ -150,6 +151,9 @@ pub async fn serve(flags: &Flags) -> Result<(), Error> {
     if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } != 0 {
         return Err(at("become", "subreaper")(io::Error::last_os_error()));
     }
+    // It was executed by a descriptor's name.
+    // SAFETY: a C string.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"containerd-shim".as_ptr()) };
     // Whoever tells all processes of a machine to end does not mean to leave its containers alone.
     for kind in [
         tokio::signal::unix::SignalKind::terminate(),

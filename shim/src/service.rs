@@ -1,6 +1,6 @@
 //! The three ways containerd runs this binary: `start`, the server itself, and `delete` after a crash.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -42,6 +42,23 @@ pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
     oci_spec::runtime::Spec::load(bundle.join("config.json"))
         .map_err(|e| Error::Other(format!("{}: {e}", bundle.join("config.json").display())))
+}
+
+/// The sandbox that a bundle's specification names. The rest of it is for the server.
+fn sandbox(bundle: &Path) -> Result<Option<String>, Error> {
+    #[derive(serde::Deserialize)]
+    struct Annotated {
+        annotations: Option<BTreeMap<String, String>>,
+    }
+    let file = bundle.join("config.json");
+    let wrong =
+        |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", file.display()));
+    let text = std::fs::read(&file).map_err(|error| wrong(&error))?;
+    let mut found: Annotated = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+    Ok(found
+        .annotations
+        .as_mut()
+        .and_then(|all| all.remove(SANDBOX_ID)))
 }
 
 /// Ends and removes all that is left of a container.
@@ -101,12 +118,7 @@ impl Shim for Service {
     }
 
     async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
-        let spec = load_spec(&self.bundle)?;
-        let group = spec
-            .annotations()
-            .as_ref()
-            .and_then(|a| a.get(SANDBOX_ID).cloned())
-            .unwrap_or_else(|| opts.id.clone());
+        let group = sandbox(&self.bundle)?.unwrap_or_else(|| opts.id.clone());
         let address = serve::spawn(&opts, &group)?;
         // Lets the server remove its socket at the end.
         std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError {
