@@ -73,6 +73,13 @@ cri exec --sync $container echo executed in a pod | grep .
 cri stop --timeout 10 $container >/dev/null
 cri inspect --output go-template --template '{{.status.state}} {{.status.exitCode}}' $container | grep .
 cut -d' ' -f3- $at/container.log
+cri rm $container >/dev/null
+# Another container of the same pod is the same server's.
+container=$(cri create $pod $at/container.json $at/pod.json)
+cri start $container >/dev/null
+cri exec --sync $container echo executed in the next | grep .
+pgrep -fc -- "-address $socket .*-socket"
+cri stop --timeout 10 $container >/dev/null
 cri stopp $pod >/dev/null; cri rmp $pod >/dev/null
 cri pods --quiet
 on containers ls -q
@@ -87,6 +94,8 @@ ended with 4
 executed in a pod
 CONTAINER_EXITED 5
 F logged
+executed in the next
+1
 ";
 
 fn answers(release: &str, version: &str, runtimes: &str, images: &str) -> Result<()> {

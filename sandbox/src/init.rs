@@ -61,7 +61,10 @@ fn be_root() -> Result<()> {
         return Ok(());
     }
     no_groups()?;
-    change_user(0, 0)
+    change_user(0, 0)?;
+    // A change of user may undo it, as the node has it (fs.suid_dumpable, proc_sys_fs(5)).
+    undumpable();
+    Ok(())
 }
 
 /// What is computed before the fork: allocation and parsing that the child need not do.
@@ -134,7 +137,9 @@ pub(crate) fn first(
     if wanted.creates(Type::Cgroup) {
         unshare(libc::CLONE_NEWCGROUP, "cgroup namespace")?;
     }
-    if wanted.creates(Type::Uts) || wanted.joins(Type::Uts).is_some() {
+    let late = wanted.late(&plan.root);
+    let names_later = late & libc::CLONE_NEWUTS != 0;
+    if !names_later && (wanted.creates(Type::Uts) || wanted.joins(Type::Uts).is_some()) {
         set_names(spec)?;
     }
     if wanted.creates(Type::Network) {
@@ -193,7 +198,10 @@ pub(crate) fn first(
         } else {
             libc::CLONE_NEWNS
         };
-        unshare(own, "mount and cgroup namespaces")?;
+        unshare(own | late, "namespaces of the pod's users")?;
+        if names_later {
+            set_names(spec)?;
+        }
     }
     let process = spec.process().as_ref();
     let terminal = if plan.program == Program::Specified {
@@ -262,7 +270,7 @@ pub(crate) fn further(
     for (kind, fd) in joined {
         namespace::join(fd, kind)?;
     }
-    schedule::apply(plan.process, None)?;
+    schedule::apply(plan.process, plan.linux)?;
     if let Some(user) = user {
         if let Some(limits) = plan.process.rlimits() {
             rlimit::apply(limits)?;

@@ -15,7 +15,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-use oci_spec::runtime::{LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespaceType as Type, LinuxSeccomp, Process, Spec};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -106,6 +106,8 @@ pub struct ExecPlan<'a> {
     pub target: i32,
     /// What to run.
     pub process: &'a Process,
+    /// What the container says for all of its processes.
+    pub linux: Option<&'a Linux>,
     /// The container's profile, if its processes have one.
     pub seccomp: Option<&'a LinuxSeccomp>,
     /// Ignored with a terminal.
@@ -539,7 +541,7 @@ pub fn launch(mut plan: Plan<'_>) -> Result<Launched> {
     let prepared = init::Prepared::new(plan.spec, &plan.program)?;
     let pid_namespace = wanted.joins(Type::Pid).map(namespace::open).transpose()?;
     // A cgroup namespace is made once the process is in its cgroup, which becomes the root of it.
-    let now = wanted.create & !libc::CLONE_NEWCGROUP;
+    let now = wanted.create & !libc::CLONE_NEWCGROUP & !wanted.late(&plan.root);
     let mapping = plan.mapping;
     let users = Users::of(plan.spec)?;
     let maps = Maps::of(plan.spec, &plan.root)?;

@@ -9,6 +9,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::Result;
 use crate::error::Step;
+use crate::root::Root;
 
 /// `CLONE_NEW*` of a kind.
 #[must_use]
@@ -83,6 +84,16 @@ impl Wanted {
             }
         }
         wanted
+    }
+    /// What is made after a user namespace that exists was joined, and so belongs to it: of a sandbox, which mounts nothing that
+    /// depends on it. containerd 2 makes the user namespace of a pod itself.
+    pub(crate) fn late(&self, root: &Root) -> libc::c_int {
+        match root {
+            Root::Empty if self.joins(Type::User).is_some() => {
+                self.create & (libc::CLONE_NEWIPC | libc::CLONE_NEWUTS)
+            }
+            _ => 0,
+        }
     }
     pub(crate) fn creates(&self, kind: Type) -> bool {
         self.create & flag(kind) != 0

@@ -374,6 +374,33 @@ impl Builder<'_> {
         users.gid(inside).ok_or_else(|| unmapped("group", inside))
     }
 
+    /// Makes something in a directory as the container's root, whose it then is: on a mount with the container's users nobody
+    /// else can. In a directory that belongs to nobody of the container its root could make nothing either.
+    fn as_root_of_pod(
+        &self,
+        parent: &OwnedFd,
+        what: &Path,
+        make: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> rustix::io::Result<()> {
+        let Some(users) = &self.mapped.users else {
+            return make();
+        };
+        let (Some(uid), Some(gid)) = (users.uid(0), users.gid(0)) else {
+            return Err(rustix::io::Errno::OVERFLOW);
+        };
+        let owner = rustix::fs::fstat(parent)?;
+        if !users.has(owner.st_uid, owner.st_gid) {
+            tracing::debug!(path = %what.display(), "its directory is nobody's of the pod");
+            return Err(rustix::io::Errno::ACCESS);
+        }
+        let keep = SecureBits::new()?;
+        set_file_user(uid, gid);
+        let made = make();
+        set_file_user(0, 0);
+        drop(keep);
+        made
+    }
+
     /// Gives what is just made to a user of the container.
     fn give(&self, parent: &OwnedFd, name: &CStr, uid: u32, gid: u32, what: &Path) -> Result<()> {
         if self.mapped.users.is_none() && (uid, gid) == (0, 0) {
@@ -457,17 +484,17 @@ impl Builder<'_> {
                             .join(rest);
                         return self.make_destination(&target, directory, links + 1);
                     }
-                    if i + 1 == parts.len() && !directory {
-                        let flags =
-                            OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-                        openat(&parent, name, flags, Mode::from_raw_mode(0o644))
-                            .at("make mount point", &so_far)?;
-                        self.give(&parent, &c(Path::new(name))?, 0, 0, &so_far)?;
-                    } else {
-                        mkdirat(&parent, name, Mode::from_raw_mode(0o755))
-                            .at("make mount point", &so_far)?;
-                        self.give(&parent, &c(Path::new(name))?, 0, 0, &so_far)?;
-                    }
+                    let is_file = i + 1 == parts.len() && !directory;
+                    self.as_root_of_pod(&parent, &so_far, || {
+                        if is_file {
+                            let flags =
+                                OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+                            openat(&parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)
+                        } else {
+                            mkdirat(&parent, name, Mode::from_raw_mode(0o755))
+                        }
+                    })
+                    .at("make mount point", &so_far)?;
                     self.open(&so_far, OFlags::PATH)
                         .at("open mount point", &so_far)?
                 }
@@ -636,13 +663,17 @@ impl Builder<'_> {
             u32::try_from(device.major()).unwrap_or(0),
             u32::try_from(device.minor()).unwrap_or(0),
         );
-        self.node(path, kind | mode, number)?;
+        self.node(path, kind | mode, number, false)?;
         let fd = self.open(path, OFlags::PATH).at("open", path)?;
+        if self.mapped.users.is_some() {
+            // A device of the node is not the pod's: its root would otherwise own every disk of a privileged pod.
+            return Ok(());
+        }
         let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
         self.give(&fd, c"", uid, gid, path)
     }
 
-    fn node(&self, path: &Path, mode: u32, number: u64) -> Result<()> {
+    fn node(&self, path: &Path, mode: u32, number: u64, given: bool) -> Result<()> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(Error::spec(
                 "linux.devices.path",
@@ -663,7 +694,10 @@ impl Builder<'_> {
         // The process's umask took bits away.
         // SAFETY: as above.
         unsafe { libc::fchmodat(parent.as_raw_fd(), name.as_ptr(), mode & 0o7777, 0) };
-        self.give(&parent, &name, 0, 0, path)
+        if given {
+            self.give(&parent, &name, 0, 0, path)?;
+        }
+        Ok(())
     }
 
     fn devices(&self, list: &[LinuxDevice]) -> Result<()> {
@@ -679,6 +713,7 @@ impl Builder<'_> {
                 &Path::new("/dev").join(name),
                 libc::S_IFCHR | 0o666,
                 rustix::fs::makedev(major, minor),
+                true,
             )?;
         }
         for device in list {
@@ -963,7 +998,7 @@ pub(crate) fn enter(
             builder.destination(cwd, true)?;
         }
     }
-    if nodev {
+    if nodev || mapped.users.is_some() {
         let attr = MountAttr {
             set: MOUNT_ATTR_NODEV,
             ..MountAttr::default()
@@ -997,6 +1032,46 @@ pub(crate) fn enter(
         remount(Path::new("/"), flags)?;
     }
     Ok(())
+}
+
+/// While it is there, a change of the user for access to files (setfsuid(2)) changes no capability (capabilities(7)).
+struct SecureBits(libc::c_int);
+
+impl SecureBits {
+    fn new() -> rustix::io::Result<SecureBits> {
+        const NO_SETUID_FIXUP: libc::c_int = 1 << 2;
+        let last = || {
+            let error = std::io::Error::last_os_error();
+            rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::PERM)
+        };
+        // SAFETY: plain numbers.
+        let before = unsafe { libc::prctl(libc::PR_GET_SECUREBITS, 0, 0, 0, 0) };
+        if before < 0 {
+            return Err(last());
+        }
+        // SAFETY: plain numbers.
+        if unsafe { libc::prctl(libc::PR_SET_SECUREBITS, before | NO_SETUID_FIXUP, 0, 0, 0) } != 0 {
+            return Err(last());
+        }
+        Ok(SecureBits(before))
+    }
+}
+
+impl Drop for SecureBits {
+    fn drop(&mut self) {
+        // SAFETY: plain numbers.
+        unsafe { libc::prctl(libc::PR_SET_SECUREBITS, self.0, 0, 0, 0) };
+    }
+}
+
+/// Who makes files (setfsuid(2)); the calls say nothing of success.
+fn set_file_user(uid: u32, gid: u32) {
+    // The raw calls: of this thread alone, which is the only one.
+    // SAFETY: plain numbers.
+    unsafe {
+        libc::syscall(libc::SYS_setfsgid, gid);
+        libc::syscall(libc::SYS_setfsuid, uid);
+    }
 }
 
 /// As many bytes of options as mount(2) takes: a page, with the zero at its end.

@@ -100,12 +100,19 @@ impl Users {
         }
     }
 
-    fn check(&self, process: &Process) -> Result<()> {
+    /// Whether all of a process's user and groups are among these.
+    ///
+    /// # Errors
+    /// The first that is not.
+    pub fn check(&self, process: &Process) -> Result<()> {
         let user = process.user();
-        for (field, id, found) in [
+        let further = user.additional_gids().iter().flatten();
+        let further = further.map(|gid| ("process.user.additionalGids", *gid, self.gid(*gid)));
+        let own = [
             ("process.user.uid", user.uid(), self.uid(user.uid())),
             ("process.user.gid", user.gid(), self.gid(user.gid())),
-        ] {
+        ];
+        for (field, id, found) in own.into_iter().chain(further) {
             if found.is_none() {
                 return Err(Error::spec(
                     field,
@@ -128,6 +135,17 @@ impl Users {
     #[must_use]
     pub fn gid(&self, inside: u32) -> Option<u32> {
         self.gids.iter().find_map(|range| range.outside(inside))
+    }
+
+    /// Whether somebody outside is one of these.
+    pub(crate) fn has(&self, outside_uid: u32, outside_gid: u32) -> bool {
+        let has = |ranges: &[Range], id: u32| {
+            ranges.iter().any(|range| {
+                id.checked_sub(range.outside)
+                    .is_some_and(|offset| offset < range.size)
+            })
+        };
+        has(&self.uids, outside_uid) && has(&self.gids, outside_gid)
     }
 
     /// What `uid_map` and `gid_map` of a process in the user namespace are to say (user_namespaces(7)).

@@ -577,6 +577,7 @@ fn exec_joins() {
     let other = exec(ExecPlan {
         target: child.pid,
         process: &process,
+        linux: None,
         seccomp: None,
         stdio: Stdio {
             stdin: Some(input.into()),
@@ -1039,10 +1040,12 @@ fn users_of_its_own() {
     let file = volume.path().join("file");
     fs::write(&file, "").unwrap();
     std::os::unix::fs::chown(&file, Some(7), Some(8)).unwrap();
-    let script = "id -u; cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox /volume /volume/file /scratch /mail /dev /dev/null /made/for; \
+    let script = "id -u; cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox /volume /volume/file /scratch /mail /dev /dev/null /made/for /volume/made /dev/disk; \
         touch /volume/new /bin/new && hostname other && hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; mount -o remount,rw /sealed || echo sealed";
     let mut inside = spec(script);
     mapped(&mut inside, namespaces);
+    // Of the node, not of the pod.
+    inside["linux"]["devices"] = json!([{"path": "/dev/disk", "type": "b", "major": 240, "minor": 1, "uid": 0, "gid": 0, "fileMode": 0o660}]);
     inside["process"]["capabilities"] = json!({"bounding": ["CAP_SYS_ADMIN"], "effective": ["CAP_SYS_ADMIN"], "permitted": ["CAP_SYS_ADMIN"]});
     inside["process"]["rlimits"] =
         json!([{"type": "RLIMIT_NOFILE", "soft": 1_000_000, "hard": 1_000_000}]);
@@ -1050,7 +1053,9 @@ fn users_of_its_own() {
     let more = json!([
         {"destination": "/volume", "type": "bind", "source": path, "options": ["rbind", "rw"], "uidMappings": mapping, "gidMappings": mapping},
         {"destination": "/made/for", "type": "bind", "source": path, "options": ["rbind", "ro", "idmap"]},
+        {"destination": "/volume/made/in", "type": "bind", "source": path, "options": ["rbind", "ro", "idmap"]},
         {"destination": "/sealed", "type": "bind", "source": path, "options": ["rbind", "ro"]},
+        {"destination": "/nested", "type": "bind", "source": path, "options": ["rbind", "rw"]},
         {"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
         {"destination": "/mail", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755", "uid=3", "gid=4"]},
     ]);
@@ -1087,6 +1092,8 @@ fn users_of_its_own() {
             "0:0",
             "0:0",
             "0:0",
+            "0:0",
+            "65534:65534",
             "other",
             "7",
             "mount: permission denied (are you root?)",
@@ -1097,8 +1104,38 @@ fn users_of_its_own() {
     assert_eq!(status, 0, "{text}");
     let owner = |path: &Path| std::os::unix::fs::MetadataExt::uid(&fs::metadata(path).unwrap());
     assert_eq!(owner(&volume.path().join("new")), 0);
+    assert_eq!(owner(&volume.path().join("made/in")), 0);
     assert_eq!(owner(&upper.join("bin/new")), FIRST);
     assert_eq!(owner(&upper.join("made/for")), FIRST);
+
+    // Its working directory would be made where the pod's root may make nothing.
+    inside["process"]["cwd"] = json!("/nested/work");
+    let (_, error) = run_on(root(), &inside);
+    assert!(error.contains("Permission denied"), "{error}");
+    assert!(!volume.path().join("work").exists());
+    inside["process"]["cwd"] = json!("/");
+
+    // As containerd 2 has it: the user namespace is there before the sandbox, and what the sandbox makes is to belong to it.
+    let mut second = held.clone();
+    let namespaces = json!([joined("user", "user"), joined("network", "net"), {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
+    let linux = second.linux_mut().as_mut().unwrap();
+    linux.set_namespaces(serde_json::from_value(namespaces).unwrap());
+    linux.set_sysctl(None);
+    let other = launch(plan(&second, Root::Empty, Program::Holder(HolderKind::Pod))).unwrap();
+    go(&other).unwrap();
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino;
+    let of_pod = sock_sandbox::namespace::of_process(pod.pid, "user").unwrap();
+    for kind in ["ipc", "uts", "mnt"] {
+        let namespace = sock_sandbox::namespace::of_process(other.pid, kind).unwrap();
+        // SAFETY: NS_GET_USERNS (ioctl_ns(2)) returns a new descriptor.
+        let owner = unsafe { libc::ioctl(namespace.as_raw_fd(), 0xb701) };
+        assert!(owner >= 0, "{kind}");
+        // SAFETY: just made.
+        let owner = unsafe { OwnedFd::from_raw_fd(owner) };
+        assert_eq!(inode(&owner), inode(&of_pod), "{kind}");
+    }
+    kill(other.pid, libc::SIGKILL);
+    assert_eq!(wait(other.pid), 137);
 
     inside["process"]["user"] = json!({"uid": 65536, "gid": 0});
     let spec = parsed(&inside);

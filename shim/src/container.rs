@@ -70,10 +70,14 @@ impl Container {
         };
         let killed_by_nobody_here = exit.status == 128 + SIGKILL && !self.init.was_told_to_die();
         let end = Instant::now() + OOM_TOLD_WITHIN;
-        let mut killed = oom.killed();
-        while killed.is_none() && killed_by_nobody_here && Instant::now() < end {
+        let ask = || match killed_by_nobody_here {
+            true => oom.killed(),
+            false => Some(oom.counted().unwrap_or(false)),
+        };
+        let mut killed = ask();
+        while killed.is_none() && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(1)).await;
-            killed = oom.killed();
+            killed = ask();
         }
         self.out_of_memory.set(killed.unwrap_or(false));
         self.out_of_memory.get()

@@ -50,18 +50,20 @@ pub fn record(sandbox: &Path, trace: &Trace) -> io::Result<()> {
 /// In a container's bundle, once the hooks for after its end have been run.
 const STOPPED: &str = "sock-stopped";
 
-/// Notes that the hooks for after the end of a container are run now.
+/// Notes that the hooks for after the end of a container are run now, unless they were. Says whether they are to be.
 ///
 /// # Errors
 /// The file cannot be written.
-pub fn stopped(bundle: &Path) -> io::Result<()> {
-    fs::write(bundle.join(STOPPED), b"")
-}
-
-/// Whether that was noted.
-#[must_use]
-pub fn was_stopped(bundle: &Path) -> bool {
-    bundle.join(STOPPED).exists()
+pub fn stopped(bundle: &Path) -> io::Result<bool> {
+    let noted = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(bundle.join(STOPPED));
+    match noted {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// All containers of a pod.

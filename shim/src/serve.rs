@@ -5,10 +5,11 @@
 
 use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use containerd_shim::api::Options;
@@ -27,9 +28,10 @@ use crate::service::Service;
 const LISTENER: RawFd = 3;
 /// Where containerd hears of events (containerd's core/runtime/v2/README.md).
 pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
-/// The newest version of the task API that containerd speaks. Its line 1.7 speaks 2, and says so; since 2.0 it takes the answer
-/// of a shim for what it is.
-const NEWEST: &str = "MAX_SHIM_VERSION";
+/// What is known of programs named containerd, until the next boot.
+const KNOWN: &str = "/run/sock/containerd";
+/// What containerd calls itself since 2.0 (`containerd --version`).
+const SINCE_2_0: &str = "github.com/containerd/containerd/v2 ";
 
 fn at(context: &str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
     let context = format!("{context} {}", path.as_ref().display());
@@ -109,10 +111,37 @@ fn listen(path: &Path) -> io::Result<Option<UnixListener>> {
     }
 }
 
-/// Whether containerd wants an answer of version 2.
+/// Whether containerd is of the line 1.7, which speaks version 2 of the task API. It says nothing of that to a shim, and what it
+/// says of its own limit (`MAX_SHIM_VERSION`) it says since 2.0 too. One of 2.0 or later would take an answer of version 2 as well,
+/// but then runs `start` and `delete` for each container of a pod. So each program is asked once.
 #[must_use]
 pub fn is_for_version_2(flags: &Flags) -> bool {
-    flags.action == "start" && std::env::var(NEWEST).is_ok_and(|newest| newest == "2")
+    flags.action == "start" && is_before_2_0(Path::new(&flags.publish_binary), Path::new(KNOWN))
+}
+
+fn is_before_2_0(program: &Path, known: &Path) -> bool {
+    let Ok(found) = std::fs::metadata(program) else {
+        return false;
+    };
+    let name = format!("{}-{}-{}", found.dev(), found.ino(), found.mtime());
+    let known = known.join(name);
+    if let Ok(answer) = std::fs::read_to_string(&known) {
+        return answer == "1";
+    }
+    let asked = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output();
+    let Ok(asked) = asked.map(|asked| String::from_utf8_lossy(&asked.stdout).into_owned()) else {
+        return false;
+    };
+    let is_before = asked.contains("containerd") && !asked.contains(SINCE_2_0);
+    // Whoever cannot keep it asks again.
+    if let Some(directory) = known.parent() {
+        let _ = std::fs::create_dir_all(directory);
+        let _ = std::fs::write(&known, if is_before { "1" } else { "2" });
+    }
+    is_before
 }
 
 /// `start` for a containerd that speaks version 2 of the task API: what it says by flags, environment and input, and what it
@@ -188,4 +217,48 @@ fn listener() -> io::Result<tokio::net::UnixListener> {
     let listener = UnixListener::from(socket);
     listener.set_nonblocking(true)?;
     tokio::net::UnixListener::from_std(listener)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn containerd_is_asked_once_which_line_it_is_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let known = directory.path().join("known");
+        for (said, expected) in [
+            (
+                "containerd github.com/containerd/containerd v1.7.31 abc",
+                true,
+            ),
+            (
+                "containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1",
+                true,
+            ),
+            (
+                "containerd github.com/containerd/containerd/v2 v2.2.9 abc",
+                false,
+            ),
+            ("something else", false),
+        ] {
+            let program = directory.path().join("containerd");
+            let asked = directory.path().join("asked");
+            let script = format!("#!/bin/sh\necho >>{}\necho '{said}'\n", asked.display());
+            let fresh = directory.path().join("fresh");
+            std::fs::write(&fresh, script).unwrap();
+            std::fs::set_permissions(&fresh, PermissionsExt::from_mode(0o755)).unwrap();
+            std::fs::rename(&fresh, &program).unwrap();
+            let _ = std::fs::remove_file(&asked);
+            let _ = std::fs::remove_dir_all(&known);
+            for _ in 0..2 {
+                assert_eq!(is_before_2_0(&program, &known), expected, "{said}");
+            }
+            assert_eq!(std::fs::read_to_string(&asked).unwrap(), "\n", "{said}");
+        }
+        assert!(!is_before_2_0(&directory.path().join("none"), &known));
+    }
 }

@@ -87,18 +87,30 @@ async fn clean(sandbox: &Path, trace: &Trace) {
     crate::role::zygote::release(sandbox, &trace.id);
     crate::role::installer::discard_staging(&trace.id);
     crate::uses::end_all(&trace.id);
-    if let Err(error) = after_stop(trace).await {
-        tracing::warn!(container = trace.id, %error, "a hook failed");
+}
+
+/// containerd ends `delete` after five seconds.
+const HOOKS_WITHIN: Duration = Duration::from_secs(3);
+
+/// Runs the hooks that containers have for after their end, once all of them are gone.
+async fn after_stop(ended: &[Trace]) {
+    let end = Instant::now() + HOOKS_WITHIN;
+    for trace in ended {
+        let left = end.saturating_duration_since(Instant::now());
+        match tokio::time::timeout(left, hooks_after_stop(trace)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(container = trace.id, %error, "a hook failed"),
+            Err(_) => tracing::warn!(container = trace.id, "hooks take too long"),
+        }
     }
 }
 
-/// Runs the hooks that the container's specification has for after its end.
-async fn after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
+async fn hooks_after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
     const KIND: &[Kind] = &[Kind::Poststop];
     let Ok(spec) = load_spec(&trace.bundle) else {
         return Ok(());
     };
-    if !hook::has(&spec, KIND) || crash::was_stopped(&trace.bundle) {
+    if !hook::has(&spec, KIND) || !crash::stopped(&trace.bundle)? {
         return Ok(());
     }
     let container = Identity {
@@ -148,9 +160,14 @@ impl Shim for Service {
         for trace in left.iter().rev() {
             clean(&self.bundle, trace).await;
         }
-        if let Ok(address) = std::fs::read_to_string(self.bundle.join("address")) {
-            let _ = std::fs::remove_file(address.trim_start_matches("unix://"));
+        // containerd 1.7 runs this for each container that is deleted, and their server lives.
+        if let Ok(address) = std::fs::read_to_string(self.bundle.join("address"))
+            && let socket = address.trim_start_matches("unix://")
+            && std::os::unix::net::UnixStream::connect(socket).is_err()
+        {
+            let _ = std::fs::remove_file(socket);
         }
+        after_stop(&left).await;
         let mut response = DeleteResponse::new();
         response.set_exit_status(128 + 9);
         response.set_exited_at(timestamp(std::time::SystemTime::now()));

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Process, Spec};
 use sock_sandbox::Stdio;
 use sock_sandbox::users::Users;
 use tokio::io::Interest;
@@ -123,13 +123,17 @@ fn output(path: &str, uid: u32, kept: &mut Kept) -> io::Result<Option<OwnedFd>> 
     Ok(Some(file.into()))
 }
 
-/// Who a container's user is on the host: in a user namespace somebody else.
+/// Who the user of a container's process is on the host: in a user namespace somebody else.
 ///
 /// # Errors
-/// The specification's mappings are none.
-pub fn owner(spec: &Spec, uid: u32) -> Result<u32, sock_sandbox::Error> {
-    let users = Users::of(spec)?;
-    Ok(users.and_then(|users| users.uid(uid)).unwrap_or(uid))
+/// The specification's mappings are none, or leave out a user or group of the process.
+pub fn owner(spec: &Spec, process: &Process) -> Result<u32, sock_sandbox::Error> {
+    let uid = process.user().uid();
+    let Some(users) = Users::of(spec)? else {
+        return Ok(uid);
+    };
+    users.check(process)?;
+    Ok(users.uid(uid).unwrap_or(uid))
 }
 
 /// Opens the streams of a process of this user of the host.

@@ -348,6 +348,12 @@ fn attached(cgroup: u64) -> std::io::Result<Vec<OwnedFd>> {
         .collect()
 }
 
+/// Whether a cgroup has a program of its own.
+pub(super) fn is_guarded(directory: &Path) -> bool {
+    let found = File::open(directory).and_then(|cgroup| attached(number(cgroup.as_raw_fd())));
+    found.is_ok_and(|programs| !programs.is_empty())
+}
+
 /// Whether the kernel is told by these rules which devices a container may open. On version 1 there are always some; on version 2
 /// the kernel may have no programs, or this process may not give it any.
 #[must_use]

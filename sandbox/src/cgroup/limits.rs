@@ -187,7 +187,7 @@ fn version_2(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     {
         match devices::Program::load(&devices::rules(given)?) {
             Ok(program) => program.attach(directory)?,
-            // Whoever makes the container keeps device files from it (`can_be_guarded`).
+            // Whoever makes the container looks at that (`Cgroup::guards_devices`).
             Err(error) => tracing::debug!(%error, "devices are not guarded"),
         }
     }

@@ -544,6 +544,15 @@ impl Cgroup {
         limits::apply(self, resources)
     }
 
+    /// Whether the kernel is told here which devices may be opened: always on version 1, and on version 2 if it has a program.
+    #[must_use]
+    pub fn guards_devices(&self) -> bool {
+        match self.directories.first() {
+            Some((_, directory)) if self.unified => devices::is_guarded(directory),
+            _ => true,
+        }
+    }
+
     /// Every process in here and below.
     ///
     /// # Errors

@@ -61,12 +61,19 @@ impl OomWatch {
         })
     }
 
-    /// Whether a process of the cgroup was killed for want of memory. `None` while that cannot be told: the cgroup has gone, and
-    /// what is left of it may yet speak, within milliseconds.
+    /// Whether a process of the cgroup was killed for want of memory, by the cgroup's own count. `None` when that is gone.
+    #[must_use]
+    pub fn counted(&self) -> Option<bool> {
+        self.cgroup.counted_oom_kills().map(|kills| kills > 0)
+    }
+
+    /// The same for the last process, of which it is known that it was killed, and not by whom. When the count is gone it goes by
+    /// what is known of the cgroups above, where others may have been killed. `None` while that cannot be told: what is left of
+    /// the cgroup may yet speak, within milliseconds.
     #[must_use]
     pub fn killed(&self) -> Option<bool> {
-        if let Some(kills) = self.cgroup.counted_oom_kills() {
-            return Some(kills > 0);
+        if let Some(counted) = self.counted() {
+            return Some(counted);
         }
         match &self.source {
             Source::Notified { counter, seen } => {

@@ -264,6 +264,7 @@ impl Interpreter for ContainerCommand {
             let launched = sock_sandbox::exec(ExecPlan {
                 target: container.init.pid(),
                 process: &process,
+                linux: container.spec.linux().as_ref(),
                 seccomp: container
                     .spec
                     .linux()

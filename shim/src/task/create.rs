@@ -129,8 +129,10 @@ async fn build(
     extra: Vec<(i32, OwnedFd)>,
 ) -> Result<(), Failure> {
     let spec = &container.spec;
-    let uid = spec.process().as_ref().map_or(0, |p| p.user().uid());
-    let uid = stdio::owner(spec, uid)?;
+    let uid = match spec.process() {
+        Some(process) => stdio::owner(spec, process)?,
+        None => 0,
+    };
     let readers = stdio::readers(paths).await;
     let (mut streams, kept) = stdio::open(paths, uid)?;
     *container.init.kept.borrow_mut() = kept;
@@ -179,6 +181,7 @@ async fn build(
     if matches!(container.role, Role::Sandbox) {
         crate::home::enter(hierarchies, &cgroup);
     }
+    let cgroup_guards = all_allowed(spec) || cgroup.guards_devices();
     match OomWatch::new(&cgroup) {
         Ok(watch) => *container.oom.borrow_mut() = Some(watch),
         Err(error) => {
@@ -186,6 +189,11 @@ async fn build(
         }
     }
     *container.cgroup.borrow_mut() = Some(cgroup);
+    if container.devices_guarded && !cgroup_guards {
+        return Err(Failure::unknown(
+            "linux.resources.devices: the kernel has taken no program for them, and did a moment before",
+        ));
+    }
     drop(launched);
     let mounted = hooks(container, &[Kind::Prestart, Kind::CreateRuntime]);
     let created = container.init.create(entrances, mounted).await;
@@ -214,10 +222,8 @@ async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
         return Ok(());
     }
     let pid = match kinds {
-        [Kind::Poststop] => {
-            crash::stopped(&container.bundle)?;
-            0
-        }
+        [Kind::Poststop] if crash::stopped(&container.bundle)? => 0,
+        [Kind::Poststop] => return Ok(()),
         _ => container.init.pid(),
     };
     let helper = hook::launch(&container.spec, kinds, &identity(container), pid)?;

@@ -79,7 +79,7 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     if !container.devices_guarded {
         crate::devices::forbid_making(&mut spec);
     }
-    let uid = stdio::owner(&container.spec, spec.user().uid())?;
+    let uid = stdio::owner(&container.spec, &spec)?;
     let (streams, kept) = stdio::open(&process.paths, uid)?;
     *process.kept.borrow_mut() = kept;
     let entrances = container
@@ -97,6 +97,7 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
     let launched = sock_sandbox::exec(ExecPlan {
         target: container.init.pid(),
         process: &spec,
+        linux: container.spec.linux().as_ref(),
         seccomp,
         stdio: streams,
         extra: Vec::new(),

@@ -76,9 +76,10 @@ async fn get_ready(container: &Rc<Container>, process: &Rc<Process>) -> Result<(
         return prepare.await;
     }
     let ended = tokio::task::spawn_local({
-        let process = process.clone();
+        let (container, process) = (container.clone(), process.clone());
         async move {
             let exit = process.reap().await;
+            container.ran_out_of_memory(exit).await;
             process.finish(exit);
         }
     });
