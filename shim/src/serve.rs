@@ -28,8 +28,8 @@ use crate::service::Service;
 const LISTENER: RawFd = 3;
 /// Where containerd hears of events (containerd's core/runtime/v2/README.md).
 pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
-/// What is known of programs named containerd, until the next boot.
-const KNOWN: &str = "/run/sock/containerd";
+/// What is known of the program that asked last, until the next boot.
+const KNOWN: &str = "/run/sock/containerd-line";
 /// What containerd calls itself since 2.0 (`containerd --version`).
 const SINCE_2_0: &str = "github.com/containerd/containerd/v2 ";
 
@@ -123,10 +123,10 @@ fn is_before_2_0(program: &Path, known: &Path) -> bool {
     let Ok(found) = std::fs::metadata(program) else {
         return false;
     };
-    let name = format!("{}-{}-{}", found.dev(), found.ino(), found.mtime());
-    let known = known.join(name);
-    if let Ok(answer) = std::fs::read_to_string(&known) {
-        return answer == "1";
+    let of = |line: u8| format!("{}-{}-{} {line}", found.dev(), found.ino(), found.mtime());
+    let answer = std::fs::read_to_string(known).unwrap_or_default();
+    if answer == of(1) || answer == of(2) {
+        return answer == of(1);
     }
     let asked = Command::new(program)
         .arg("--version")
@@ -139,7 +139,7 @@ fn is_before_2_0(program: &Path, known: &Path) -> bool {
     // Whoever cannot keep it asks again.
     if let Some(directory) = known.parent() {
         let _ = std::fs::create_dir_all(directory);
-        let _ = std::fs::write(&known, if is_before { "1" } else { "2" });
+        let _ = std::fs::write(known, of(if is_before { 1 } else { 2 }));
     }
     is_before
 }
@@ -253,7 +253,7 @@ mod tests {
             std::fs::set_permissions(&fresh, PermissionsExt::from_mode(0o755)).unwrap();
             std::fs::rename(&fresh, &program).unwrap();
             let _ = std::fs::remove_file(&asked);
-            let _ = std::fs::remove_dir_all(&known);
+            let _ = std::fs::remove_file(&known);
             for _ in 0..2 {
                 assert_eq!(is_before_2_0(&program, &known), expected, "{said}");
             }
