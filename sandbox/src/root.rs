@@ -605,12 +605,14 @@ impl Builder<'_> {
         given: &Options,
     ) -> Result<()> {
         let target = self.destination(destination, true)?;
+        let mut data = vec!["mode=755".to_owned()];
+        self.owners("tmpfs", &mut data)?;
         mount_on(
             &target,
             "tmpfs",
             "tmpfs",
             libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
-            &["mode=755".into()],
+            &data,
             destination,
         )?;
         for (name, source) in cgroups {

@@ -282,6 +282,9 @@ fn run_on(root: Root, spec: &Value) -> (i32, String) {
     let spec = parsed(spec);
     let (mut reader, writer) = pipe();
     let mut plan = plan(&spec, root, Program::Specified);
+    let own = i32::try_from(std::process::id()).unwrap();
+    let own = Cgroup::of_process(&Hierarchies::detect().unwrap(), own).unwrap();
+    plan.cgroups = own.version_1_directories();
     plan.stdio.stderr = Some(writer.try_clone().unwrap());
     plan.stdio.stdout = Some(writer);
     let child = launch(plan).unwrap();
@@ -1056,6 +1059,7 @@ fn users_of_its_own() {
         {"destination": "/volume/made/in", "type": "bind", "source": path, "options": ["rbind", "ro", "idmap"]},
         {"destination": "/sealed", "type": "bind", "source": path, "options": ["rbind", "ro"]},
         {"destination": "/nested", "type": "bind", "source": path, "options": ["rbind", "rw"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "ro"]},
         {"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
         {"destination": "/mail", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755", "uid=3", "gid=4"]},
     ]);
