@@ -21,13 +21,6 @@ fn main() {
         }
         return;
     }
-    // `start` and `delete` enter no container.
-    if std::env::args_os().any(|a| a == "-socket")
-        && let Err(e) = sock_shim::reexec::from_read_only_mount()
-    {
-        eprintln!("containerd-shim-sock-v1: cannot run from a read-only mount: {e}");
-        std::process::exit(1);
-    }
     room_for_connections();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

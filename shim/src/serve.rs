@@ -175,6 +175,11 @@ pub async fn start_version_2(flags: &Flags) -> Result<String, Error> {
 /// # Errors
 /// It was not started by [`spawn`].
 pub async fn serve(flags: &Flags) -> Result<(), Error> {
+    if crate::reexec::program().is_none() {
+        return Err(Error::Other(
+            "the server is started by `start`, from a read-only mount".into(),
+        ));
+    }
     let listener = listener().map_err(at("take over the socket", &flags.socket))?;
     // SAFETY: plain numbers. Orphans of containers come here (prctl(2)).
     if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } != 0 {
@@ -222,8 +227,6 @@ fn listener() -> io::Result<tokio::net::UnixListener> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
@@ -249,8 +252,13 @@ mod tests {
             let asked = directory.path().join("asked");
             let script = format!("#!/bin/sh\necho >>{}\necho '{said}'\n", asked.display());
             let fresh = directory.path().join("fresh");
-            std::fs::write(&fresh, script).unwrap();
-            std::fs::set_permissions(&fresh, PermissionsExt::from_mode(0o755)).unwrap();
+            // By another process: what this one has open for writing, a child of another test may hold when it is executed.
+            let written = Command::new("sh")
+                .args(["-c", "printf %s \"$2\" >\"$1\" && chmod 755 \"$1\"", "sh"])
+                .arg(&fresh)
+                .arg(&script)
+                .status();
+            assert!(written.unwrap().success());
             std::fs::rename(&fresh, &program).unwrap();
             let _ = std::fs::remove_file(&asked);
             let _ = std::fs::remove_file(&known);
