@@ -1,6 +1,6 @@
 //! The installer's life: make the node right, say so, look again every minute; and keep its cache clean.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::cgroup_moves;
@@ -8,11 +8,9 @@ use crate::check::{self, Unfit};
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
 use crate::payload::{self, PAYLOAD};
+use crate::readiness::Readiness;
 use crate::registration::{self, Registration};
 use crate::sweep::Sweeper;
-
-/// A file of the installer's container that is there while the node is as it was asked for.
-pub const READY: &str = "/run/sock-node-ready";
 
 const AGAIN: Duration = Duration::from_secs(60);
 
@@ -42,8 +40,6 @@ pub enum Error {
         step: &'static str,
         source: std::io::Error,
     },
-    #[error("{READY} is not there: the node is not ready")]
-    NotReady,
 }
 
 impl Error {
@@ -52,7 +48,7 @@ impl Error {
     fn makes_unfit(&self) -> bool {
         match self {
             Self::Unfit(_) | Self::Payload(_) | Self::Containerd(_) | Self::NotReported => true,
-            Self::Registration(_) | Self::System { .. } | Self::NotReady => false,
+            Self::Registration(_) | Self::System { .. } => false,
         }
     }
 
@@ -63,7 +59,7 @@ impl Error {
             Self::Payload(_) => "SockFilesNotCopied",
             Self::Containerd(_) => "SockRuntimeNotConfigured",
             Self::NotReported => "SockRuntimeNotReported",
-            Self::Registration(_) | Self::System { .. } | Self::NotReady => "SockNodeError",
+            Self::Registration(_) | Self::System { .. } => "SockNodeError",
         }
     }
 }
@@ -87,6 +83,7 @@ pub fn run() -> Result<(), Error> {
                 .is_ok_and(|value| value == "true"),
             configurator: Configurator::default(),
             registration,
+            readiness: Readiness::default(),
         };
         let mut sweeper = Sweeper::new(&installer.host);
         let turns = async {
@@ -118,21 +115,13 @@ fn every(period: Duration) -> tokio::time::Interval {
     interval
 }
 
-/// Errs while the node is not ready; the readiness probe asks.
-pub fn ready() -> Result<(), Error> {
-    if Path::new(READY).exists() {
-        Ok(())
-    } else {
-        Err(Error::NotReady)
-    }
-}
-
 struct Installer {
     host: Host,
     payload: PathBuf,
     favor_moves: bool,
     configurator: Configurator,
     registration: Registration,
+    readiness: Readiness,
 }
 
 impl Installer {
@@ -143,11 +132,7 @@ impl Installer {
         };
         let Err(error) = outcome else { return };
         tracing::error!("{error}");
-        if let Err(error) = std::fs::remove_file(READY)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::error!("remove {READY}: {error}");
-        }
+        self.readiness.close();
         // Where the API server cannot be reached the log has to do.
         if error.makes_unfit()
             && let Err(error) = self.registration.label(Some("unfit")).await
@@ -194,7 +179,7 @@ impl Installer {
         Ok(())
     }
 
-    async fn announce(&self) -> Result<(), Error> {
+    async fn announce(&mut self) -> Result<(), Error> {
         let begin = Instant::now();
         let node = loop {
             let node = self.registration.node().await?;
@@ -206,10 +191,13 @@ impl Installer {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         };
-        std::fs::write(READY, "").map_err(|source| Error::System {
-            step: "write the readiness file",
-            source,
-        })?;
+        self.readiness
+            .open()
+            .await
+            .map_err(|source| Error::System {
+                step: "open the port that the readiness probe asks for",
+                source,
+            })?;
         if registration::labelled(&node) != Some("ready") {
             self.registration.label(Some("ready")).await?;
             tracing::info!(label = registration::LABEL, "node is ready");
@@ -225,8 +213,8 @@ mod tests {
     #[test]
     fn only_what_keeps_pods_from_running_makes_a_node_unfit() {
         let readiness = Error::System {
-            step: "write the readiness file",
-            source: std::io::ErrorKind::StorageFull.into(),
+            step: "open a port",
+            source: std::io::ErrorKind::AddrInUse.into(),
         };
         assert!(!readiness.makes_unfit());
         assert!(!Error::from(registration::Error::NoName).makes_unfit());

@@ -8,6 +8,7 @@ mod containerd;
 mod host;
 mod install;
 mod payload;
+mod readiness;
 mod registration;
 mod sweep;
 mod uninstall;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
-const USAGE: &str = "usage: sock-node run | check | ready | uninstall";
+const USAGE: &str = "usage: sock-node run | check | uninstall";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -32,7 +33,6 @@ fn main() -> ExitCode {
     let outcome: Result<(), Box<dyn std::error::Error>> = match words.as_slice() {
         ["run"] => install::run().map_err(Into::into),
         ["check"] => check::print(&host::Host::from_environment()).map_err(Into::into),
-        ["ready"] => install::ready().map_err(Into::into),
         ["uninstall"] => uninstall::run().map_err(Into::into),
         [host::ENTER, program, rest @ ..] => host::enter(program, rest).map_err(Into::into),
         [cgroup_moves::INSIDE, wanted] => cgroup_moves::inside(wanted).map_err(Into::into),

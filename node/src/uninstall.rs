@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::cgroup_moves;
 use crate::containerd::{self, Configurator, Process};
 use crate::host::Host;
-use crate::install::READY;
 use crate::payload::{self, PAYLOAD};
+use crate::readiness::Readiness;
 use crate::registration::{self, Registration};
 
 /// The node cache and whatever else sock keeps on a node.
@@ -54,8 +54,9 @@ pub fn run() -> Result<(), Error> {
         // Without the label no new pod comes here while the rest is undone.
         registration.label(None).await?;
         undo(&host)?;
-        fs::write(READY, "").map_err(|source| Error::System {
-            step: "write the readiness file",
+        let mut readiness = Readiness::default();
+        readiness.open().await.map_err(|source| Error::System {
+            step: "open the port that the readiness probe asks for",
             source,
         })?;
         tracing::info!("sock is off this node");
