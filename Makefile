@@ -15,6 +15,7 @@ demo: install ## a cluster with sock and the examples, each called and measured 
 	e2e/demo
 
 bench: install ## figures beside those of peers: a table, and target/bench.json
+	bench/crun
 	cargo build --locked --release -p sock-bench
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench tree
@@ -65,7 +66,7 @@ e2e: install test-images ## end-to-end tests on the cluster
 	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan; status=$$?; \
-	for alone in soak faults nodes ctr containerds cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || status=$$?; done; \
+	for alone in soak faults nodes ctr containerds cri guest deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || status=$$?; done; \
 	exit $$status
 
 e2e-faults: install ## every fault once, as tests; a part of e2e
