@@ -176,6 +176,37 @@ fn hooks_run_where_and_when_runc_runs_them() -> Result<()> {
     Ok(())
 }
 
+/// `$1`: an ID. How many servers there are after a start that fails, one that does not, and when its bundle is gone.
+const ALONE: &str = r#"
+at=/run/$1
+mkdir -p "$at/address" && cd "$at" || exit 1
+ctr oci spec >config.json
+mkfifo log
+export TTRPC_ADDRESS=/run/containerd/containerd.sock.ttrpc GRPC_ADDRESS=/run/containerd/containerd.sock NAMESPACE=default
+start() {
+  timeout 30 /opt/sock/bin/containerd-shim-sock-v1 -namespace default -id "$1" -address /run/containerd/containerd.sock \
+    -publish-binary /usr/local/bin/containerd -bundle "$at" start </dev/null 2>&1 | grep -c "$2"
+}
+servers() { pgrep -fc -- "-id $1 .*-socket"; }
+start "$1" 'write address'; servers "$1"
+rmdir address
+start "$1" unix:///; servers "$1"
+cd / && rm -r "$at"
+for try in $(seq 300); do [ "$(servers "$1")" -eq 0 ] && break; sleep 0.1; done
+servers "$1"
+exit 0
+"#;
+
+#[test]
+fn of_a_start_that_containerd_gives_up_no_server_is_left() -> Result<()> {
+    let node = worker()?;
+    let nodes = std::slice::from_ref(&node);
+    let before = inventory_of_quiet(nodes)?;
+    let said = node.shell(ALONE, &["sock-ctr-alone"])?;
+    ensure!(said == "1\n0\n1\n1\n0\n", "{said}");
+    until_as_before(nodes, &before)
+}
+
 #[test]
 fn many_containers_that_come_and_go_leave_a_node_as_it_was() -> Result<()> {
     let cycles = std::env::var("CYCLES").unwrap_or_else(|_| "200".to_owned());

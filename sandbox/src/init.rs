@@ -67,6 +67,16 @@ fn be_root() -> Result<()> {
     Ok(())
 }
 
+/// Enters a user namespace as its root.
+fn enter_users(users: impl AsFd, process: Option<&Process>) -> Result<()> {
+    if let Some(limits) = process.and_then(|process| process.rlimits().as_ref()) {
+        // Inside nobody may raise one (setrlimit(2)).
+        rlimit::apply(limits)?;
+    }
+    namespace::join(users, Type::User)?;
+    be_root()
+}
+
 /// What is computed before the fork: allocation and parsing that the child need not do.
 pub(crate) struct Prepared {
     seccomp: Option<seccomp::Program>,
@@ -122,6 +132,7 @@ pub(crate) fn first(
         extra.chain(mapped.maps.descriptors()),
         prepared.holder.as_ref(),
     )?;
+    caller.timeline.passed("cloned, cut off from the shim");
     caller.hear()?;
     if wanted.creates(Type::User) && mapped.users.is_some() {
         be_root()?;
@@ -162,6 +173,7 @@ pub(crate) fn first(
         }
         std::fs::write(&path, value).at("set sysctl", path)?;
     }
+    caller.timeline.passed("namespaces, sysctls");
     if wanted.creates(Type::Mount) {
         root::enter(
             &plan.root,
@@ -169,6 +181,7 @@ pub(crate) fn first(
             &plan.cgroups,
             plan.nodev_root,
             mapped,
+            &caller.timeline,
             || {
                 let Some(container) = &plan.identity else {
                     return Ok(());
@@ -185,12 +198,7 @@ pub(crate) fn first(
         schedule::apply(process, spec.linux().as_ref())?;
     }
     if let Some(user) = user {
-        if let Some(limits) = spec.process().as_ref().and_then(|p| p.rlimits().as_ref()) {
-            // Inside nobody may raise one (setrlimit(2)).
-            rlimit::apply(limits)?;
-        }
-        namespace::join(&user, Type::User)?;
-        be_root()?;
+        enter_users(&user, spec.process().as_ref())?;
         // The copy belongs to the user namespace, so the flags of its mounts are locked there (mount_namespaces(7)). So does
         // another cgroup namespace, and others of that user namespace may enter it.
         let own = if wanted.creates(Type::Cgroup) {
@@ -203,6 +211,7 @@ pub(crate) fn first(
             set_names(spec)?;
         }
     }
+    caller.timeline.passed("scheduling, users");
     let process = spec.process().as_ref();
     let terminal = if plan.program == Program::Specified {
         terminal(process)?
@@ -272,11 +281,7 @@ pub(crate) fn further(
     }
     schedule::apply(plan.process, plan.linux)?;
     if let Some(user) = user {
-        if let Some(limits) = plan.process.rlimits() {
-            rlimit::apply(limits)?;
-        }
-        namespace::join(user, Type::User)?;
-        be_root()?;
+        enter_users(user, Some(plan.process))?;
     }
     let terminal = terminal(Some(plan.process))?;
     caller.created(terminal.as_ref().map(|t| t.master.as_fd()))?;

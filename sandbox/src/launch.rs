@@ -28,6 +28,7 @@ use crate::hook::Identity;
 use crate::init;
 use crate::namespace::{self, Wanted};
 use crate::root::Root;
+use crate::timeline::{self, Timed, Timeline};
 use crate::users::{Maps, Users};
 use crate::{Error, Result};
 
@@ -128,12 +129,21 @@ pub(crate) struct Mapped {
 pub enum Progress {
     /// Everything is mounted, and the hooks that want to see that are to be run. It waits for [`Launched::proceed`].
     Mounted,
-    /// Everything is made. The descriptor is the master side of the terminal, if one is wanted.
-    Created(Option<OwnedFd>),
+    /// Everything is made.
+    Created(Made),
     /// The program runs.
     Started,
     /// It did not get there, and is gone.
     Failed(Error),
+}
+
+/// What a child has made.
+#[derive(Debug)]
+pub struct Made {
+    /// The master side of the terminal, if one is wanted.
+    pub terminal: Option<OwnedFd>,
+    /// The steps of making it.
+    pub steps: Vec<Timed>,
 }
 
 /// A child on its way to its program. Dropping it before [`Launched::start`] ends the child.
@@ -206,8 +216,13 @@ impl Launched {
         Ok(match &*text {
             "" => Progress::Started,
             "mounted" => Progress::Mounted,
-            "created" => Progress::Created(fd),
-            other => Progress::Failed(Error::Child(other.to_string())),
+            other => match other.strip_prefix(CREATED) {
+                Some(steps) => Progress::Created(Made {
+                    terminal: fd,
+                    steps: timeline::parse(steps),
+                }),
+                None => Progress::Failed(Error::Child(other.to_string())),
+            },
         })
     }
 
@@ -230,24 +245,32 @@ impl Launched {
     }
 }
 
+/// How the word begins that everything is made; what each step took follows.
+const CREATED: &str = "created\n";
+
 /// The child's end.
-pub(crate) struct Caller(OwnedFd);
+pub(crate) struct Caller {
+    channel: OwnedFd,
+    /// Since it was asked for.
+    pub timeline: Timeline,
+}
 
 impl Caller {
     pub(crate) fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.channel.as_raw_fd()
     }
     pub(crate) fn created(&self, terminal: Option<BorrowedFd<'_>>) -> Result<()> {
         let fds: Vec<BorrowedFd<'_>> = terminal.into_iter().collect();
-        say(&self.0, b"created", &fds).step("tell", "caller")
+        let text = format!("{CREATED}{}", self.timeline.text());
+        say(&self.channel, text.as_bytes(), &fds).step("tell", "caller")
     }
     pub(crate) fn mounted(&self) -> Result<()> {
-        say(&self.0, b"mounted", &[]).step("tell", "caller")
+        say(&self.channel, b"mounted", &[]).step("tell", "caller")
     }
     pub(crate) fn failed(&self, error: &Error) {
         let mut text = error.to_string();
         text.truncate(8000);
-        let _ = rustix::net::send(&self.0, text.as_bytes(), SendFlags::NOSIGNAL);
+        let _ = rustix::net::send(&self.channel, text.as_bytes(), SendFlags::NOSIGNAL);
     }
     /// Waits for the next word, and enters the cgroup that comes with it. A caller that is gone is an order to end.
     pub(crate) fn hear(&self) -> Result<()> {
@@ -256,7 +279,7 @@ impl Caller {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let heard = rustix::io::retry_on_intr(|| {
             recvmsg(
-                &self.0,
+                &self.channel,
                 &mut [IoSliceMut::new(&mut word)],
                 &mut control,
                 RecvFlags::CMSG_CLOEXEC,
@@ -266,11 +289,13 @@ impl Caller {
             Ok(heard) if heard.bytes > 0 => {}
             _ => init::leave(1),
         }
+        self.timeline.passed("waiting for the shim");
         for part in control.drain() {
             if let RecvAncillaryMessage::ScmRights(entrances) = part {
                 for entrance in entrances {
                     rustix::io::write(&entrance, b"0").step("enter", "cgroup")?;
                 }
+                self.timeline.passed("into its cgroup");
             }
         }
         Ok(())
@@ -376,7 +401,10 @@ fn fork_child(
         None,
     )
     .step("make", "channel")?;
-    let caller = Caller(theirs);
+    let caller = Caller {
+        channel: theirs,
+        timeline: Timeline::default(),
+    };
     let run = |caller: Caller| -> ! {
         match work(&caller) {
             Ok(never) => match never {},

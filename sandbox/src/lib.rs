@@ -19,6 +19,7 @@ mod rlimit;
 pub mod root;
 mod schedule;
 pub mod seccomp;
+mod timeline;
 pub mod users;
 
 pub use error::{Error, Result};
@@ -27,3 +28,4 @@ pub use launch::{
     ExecPlan, Launched, Outer, Plan, Program, Progress, Stdio, UserMapping, exec, launch,
 };
 pub use rlimit::rlimits;
+pub use timeline::{Timed, Timeline};

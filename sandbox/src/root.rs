@@ -19,6 +19,7 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::error::Step;
 use crate::launch::Mapped;
+use crate::timeline::Timeline;
 use crate::users;
 use crate::{Error, Result};
 
@@ -878,6 +879,7 @@ pub(crate) fn enter(
     cgroups: &[(String, PathBuf)],
     nodev: bool,
     mapped: &Mapped,
+    timeline: &Timeline,
     mounted: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let linux = spec.linux().as_ref();
@@ -907,8 +909,11 @@ pub(crate) fn enter(
                 &["size=0k".into(), "nr_inodes=2".into(), "mode=555".into()],
                 at,
             )?;
+            timeline.passed("root file system");
             mounted()?;
-            return pivot(at);
+            pivot(at)?;
+            timeline.passed("pivot_root");
+            return Ok(());
         }
         Root::Mounts { target, mounts } => (target.clone(), mounts),
     };
@@ -965,9 +970,11 @@ pub(crate) fn enter(
     };
     // pivot_root(2) wants a parent that is not shared.
     propagate(&builder.root, libc::MS_PRIVATE, false, &target)?;
+    timeline.passed("root file system");
     for mount in spec.mounts().iter().flatten() {
         builder.mount(mount, cgroups)?;
     }
+    timeline.passed("mounts");
     if spec
         .mounts()
         .iter()
@@ -1024,6 +1031,7 @@ pub(crate) fn enter(
         )?;
     }
     drop(builder);
+    timeline.passed("devices, masked and read-only paths");
     mounted()?;
     pivot(&target)?;
     if let Some(flags) = match wanted {
@@ -1033,6 +1041,7 @@ pub(crate) fn enter(
     } {
         remount(Path::new("/"), flags)?;
     }
+    timeline.passed("pivot_root");
     Ok(())
 }
 

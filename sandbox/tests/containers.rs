@@ -203,7 +203,7 @@ fn go(child: &Launched) -> Result<Option<OwnedFd>, String> {
 fn go_in(child: &Launched, entrances: &[OwnedFd]) -> Result<Option<OwnedFd>, String> {
     child.proceed_in(entrances).unwrap();
     let terminal = match child.wait_progress().unwrap() {
-        Progress::Created(terminal) => terminal,
+        Progress::Created(made) => made.terminal,
         Progress::Failed(e) => return Err(e.to_string()),
         Progress::Started => return Err("ended early".into()),
         Progress::Mounted => return Err("no hook asks for that".into()),
@@ -1404,10 +1404,8 @@ fn abandoned() {
     };
     let child = launch(plan(&spec, root, Program::Specified)).unwrap();
     child.proceed().unwrap();
-    assert!(matches!(
-        child.wait_progress().unwrap(),
-        Progress::Created(None)
-    ));
+    let made = child.wait_progress().unwrap();
+    assert!(matches!(&made, Progress::Created(made) if made.terminal.is_none()));
     let pid = child.pid;
     let mut ready = [rustix::event::PollFd::new(
         &child.pidfd,

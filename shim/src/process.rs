@@ -5,13 +5,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::time::SystemTime;
 
-use sock_sandbox::{Launched, Progress};
+use oci_spec::runtime::Spec;
+use sock_sandbox::hook::{self, Identity, Kind};
+use sock_sandbox::{Launched, Progress, Timed};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::async_fd::watch;
 use crate::children::Claim;
+use crate::crash;
 use crate::stdio::{Console, Kept, Paths};
 use crate::task::Failure;
 
@@ -109,7 +112,7 @@ impl Process {
         Ok(launched)
     }
 
-    /// Lets the child build what it needs, and waits until it has. `mounted` is done when it has mounted everything, if its hooks
+    /// Lets the child build what it needs, waits until it has, and gives the steps of that. `mounted` is done when it has mounted everything, if its hooks
     /// ask for that.
     ///
     /// # Errors
@@ -118,7 +121,7 @@ impl Process {
         &self,
         entrances: Vec<OwnedFd>,
         mounted: impl Future<Output = Result<(), Failure>>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Vec<Timed>, Failure> {
         let launched = self
             .launched
             .borrow()
@@ -133,12 +136,12 @@ impl Process {
             news = progress(&launched).await?;
         }
         match news {
-            Progress::Created(terminal) => {
-                if let Some(master) = terminal {
+            Progress::Created(made) => {
+                if let Some(master) = made.terminal {
                     *self.console.borrow_mut() = Some(Console::attach(master, &self.paths)?);
                 }
                 self.phase.set(Phase::Created);
-                Ok(())
+                Ok(made.steps)
             }
             Progress::Failed(e) => Err(Failure::unknown(e)),
             Progress::Started => Err(Failure::unknown("the process ended before it was created")),
@@ -297,6 +300,15 @@ pub(crate) async fn run_program(
         Progress::Failed(e) => Ok(Some(e)),
         Progress::Created(_) | Progress::Mounted | Progress::Started => Ok(None),
     }
+}
+
+/// Runs the hooks that a container has for after its end, unless they were run before. It is gone when they are called.
+pub(crate) async fn after_stop(spec: &Spec, container: &Identity) -> Result<(), Failure> {
+    const KIND: &[Kind] = &[Kind::Poststop];
+    if !hook::has(spec, KIND) || !crash::stopped(&container.bundle)? {
+        return Ok(());
+    }
+    done(hook::launch(spec, KIND, container, 0)?).await
 }
 
 /// Waits for a child that does something for the shim and ends, and reaps it.

@@ -38,21 +38,20 @@ fn at(context: &str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error 
     move |err| Error::IoError { context, err }
 }
 
-/// Starts the server of a group of containers, unless it runs, and returns its address.
+/// Starts the server of a group of containers at this address, unless it runs.
 ///
 /// # Errors
 /// The socket cannot be made, or the process not be started.
-pub fn spawn(opts: &StartOpts, group: &str) -> Result<String, Error> {
-    let address = opts.socket_address(group);
+pub fn spawn(opts: &StartOpts, address: &str) -> Result<(), Error> {
     let path = address.trim_start_matches("unix://");
     let Some(listener) = listen(Path::new(path)).map_err(at("listen on", path))? else {
-        return Ok(address);
+        return Ok(());
     };
     let (mut command, program) =
         crate::reexec::command().map_err(at("mount read-only", "this program"))?;
     command
         .args(["-namespace", &opts.namespace, "-id", &opts.id])
-        .args(["-address", &opts.address, "-socket", &address])
+        .args(["-address", &opts.address, "-socket", address])
         .args(opts.debug.then_some("-debug"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -88,7 +87,7 @@ pub fn spawn(opts: &StartOpts, group: &str) -> Result<String, Error> {
         let _ = server.kill();
         return Err(error);
     }
-    Ok(address)
+    Ok(())
 }
 
 /// A socket that listens, or nothing if somebody listens there.

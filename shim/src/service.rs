@@ -14,7 +14,7 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::types::introspection::RuntimeInfo;
 use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
-use sock_sandbox::hook::{self, Identity, Kind};
+use sock_sandbox::hook::Identity;
 
 use crate::crash::{self, Trace};
 use crate::events::Events;
@@ -106,19 +106,15 @@ async fn after_stop(ended: &[Trace]) {
 }
 
 async fn hooks_after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
-    const KIND: &[Kind] = &[Kind::Poststop];
     let Ok(spec) = load_spec(&trace.bundle) else {
         return Ok(());
     };
-    if !hook::has(&spec, KIND) || !crash::stopped(&trace.bundle)? {
-        return Ok(());
-    }
     let container = Identity {
         id: trace.id.clone(),
         bundle: trace.bundle.clone(),
     };
     alone().await;
-    crate::process::done(hook::launch(&spec, KIND, &container, 0)?).await
+    crate::process::after_stop(&spec, &container).await
 }
 
 #[async_trait]
@@ -131,12 +127,13 @@ impl Shim for Service {
 
     async fn start_shim(&mut self, opts: StartOpts) -> Result<String, Error> {
         let group = sandbox(&self.bundle)?.unwrap_or_else(|| opts.id.clone());
-        let address = serve::spawn(&opts, &group)?;
-        // Lets the server remove its socket at the end.
+        let address = opts.socket_address(&group);
+        // Lets `delete` remove the socket of a server that was killed. Before there is one: of a start that fails nothing is left.
         std::fs::write(self.bundle.join("address"), &address).map_err(|e| Error::IoError {
             context: "write address".into(),
             err: e,
         })?;
+        serve::spawn(&opts, &address)?;
         Ok(address)
     }
 
@@ -212,20 +209,36 @@ impl Service {
         let address = std::env::var(serve::TTRPC_ADDRESS).unwrap_or_default();
         let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel();
         let (exit, namespace) = (self.exit.clone(), self.namespace.clone());
+        let abandoned_exit = exit.clone();
         // Everything of the pod lives on this one thread; the service that ttrpc calls only sends jobs to it.
         tokio::task::spawn_local(async move {
             let pod = Rc::new(Pod::new(Events::new(address, namespace), exit));
             pod.clone().reap_orphans();
-            let mut first = true;
+            let first: Option<crate::task::Job> = tokio::select! {
+                first = queue.recv() => first,
+                () = abandoned() => None,
+            };
+            let Some(first) = first else {
+                tracing::warn!("containerd has given this container up before it asked for it");
+                abandoned_exit.signal();
+                return;
+            };
+            alone().await;
+            tokio::task::spawn_local(first(pod.clone()));
             while let Some(job) = queue.recv().await {
-                let job: crate::task::Job = job;
-                if std::mem::take(&mut first) {
-                    alone().await;
-                }
                 tokio::task::spawn_local(job(pod.clone()));
             }
         });
         TaskService::new(Jobs::new(jobs))
+    }
+}
+
+/// Waits until the bundle that this process was started in is removed. containerd does that, and forgets the server, when it
+/// cannot note where the server is, as on a full disk (`shimBinary.Start`, core/runtime/v2/binary.go).
+async fn abandoned() {
+    const LOOK: Duration = Duration::from_secs(5);
+    while Path::new("config.json").exists() {
+        tokio::time::sleep(LOOK).await;
     }
 }
 

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sock_sandbox::cgroup::{Cgroup, Location, OomWatch};
 use sock_sandbox::hook::{self, Identity, Kind};
 use sock_sandbox::root::{Root, RootMount};
-use sock_sandbox::{HolderKind, Plan, Program, namespace};
+use sock_sandbox::{HolderKind, Plan, Program, Timed, Timeline, namespace};
 
 use super::Failure;
 use crate::children::Claim;
@@ -28,6 +28,7 @@ pub(super) async fn create(
     request: CreateTaskRequest,
 ) -> Result<CreateTaskResponse, Failure> {
     let begun = std::time::Instant::now();
+    let timeline = Timeline::default();
     if pod.containers.borrow().contains_key(&request.id) {
         return Err(Failure::exists(format!(
             "container {} is there already",
@@ -93,11 +94,15 @@ pub(super) async fn create(
         // From here on every socket that the shim opens is the pod's.
         namespace::join(namespace::open(&path)?, LinuxNamespaceType::Network)?;
     }
-    let result = build(&pod, &container, &request, &paths, extra).await;
-    if let Err(e) = result {
-        abandon(&container).await;
-        return Err(e);
-    }
+    timeline.passed("specification");
+    let result = build(&pod, &container, &request, &paths, extra, &timeline).await;
+    let child = match result {
+        Ok(steps) => steps,
+        Err(e) => {
+            abandon(&container).await;
+            return Err(e);
+        }
+    };
     pod.containers
         .borrow_mut()
         .insert(request.id.clone(), container.clone());
@@ -111,10 +116,13 @@ pub(super) async fn create(
     event.set_io(io);
     event.set_pid(init.pid().unsigned_abs());
     pod.events.publish(event);
+    timeline.passed("bookkeeping");
     tracing::debug!(
         container = request.id,
-        micros = begun.elapsed().as_micros(),
-        "created"
+        total = begun.elapsed().as_micros(),
+        steps = ?timeline.steps(),
+        ?child,
+        "created (microseconds)"
     );
     let mut response = CreateTaskResponse::new();
     response.set_pid(init.pid().unsigned_abs());
@@ -127,7 +135,8 @@ async fn build(
     request: &CreateTaskRequest,
     paths: &Paths,
     extra: Vec<(i32, OwnedFd)>,
-) -> Result<(), Failure> {
+    timeline: &Timeline,
+) -> Result<Vec<Timed>, Failure> {
     let spec = &container.spec;
     let uid = match spec.process() {
         Some(process) => stdio::owner(spec, process)?,
@@ -157,6 +166,7 @@ async fn build(
         .transpose()?
         .unwrap_or_else(|| Location::Path(Path::new("sock").join(&container.id)));
     let future = Cgroup::at(hierarchies, &location);
+    timeline.passed("streams");
     let launched = sock_sandbox::launch(Plan {
         spec,
         root: if matches!(container.role, Role::Sandbox) {
@@ -175,6 +185,7 @@ async fn build(
     })?;
     let launched = container.init.adopt(launched)?;
     let _claim = Claim::new(launched.pid);
+    timeline.passed("clone");
     let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
     let (cgroup, entrances) =
         Cgroup::create(hierarchies, &location, launched.pid, resources).await?;
@@ -195,10 +206,12 @@ async fn build(
         ));
     }
     drop(launched);
+    timeline.passed("cgroup");
     let mounted = hooks(container, &[Kind::Prestart, Kind::CreateRuntime]);
     let created = container.init.create(entrances, mounted).await;
     // A terminal's own end of the output is there since then.
     drop(readers);
+    timeline.passed("the child");
     created
 }
 
@@ -212,8 +225,12 @@ fn identity(container: &Container) -> Identity {
 /// Runs hooks of what has happened already: one that fails is only told of, as the specification has it.
 pub(super) async fn hooks_after(container: &Container, kind: Kind) {
     if let Err(error) = hooks(container, &[kind]).await {
-        tracing::warn!(container = container.id, %error, "a hook failed");
+        told(container, &error);
     }
+}
+
+fn told(container: &Container, error: &Failure) {
+    tracing::warn!(container = container.id, %error, "a hook failed");
 }
 
 /// Runs hooks of a container on the host.
@@ -221,12 +238,12 @@ async fn hooks(container: &Container, kinds: &[Kind]) -> Result<(), Failure> {
     if !hook::has(&container.spec, kinds) {
         return Ok(());
     }
-    let pid = match kinds {
-        [Kind::Poststop] if crash::stopped(&container.bundle)? => 0,
-        [Kind::Poststop] => return Ok(()),
-        _ => container.init.pid(),
-    };
-    let helper = hook::launch(&container.spec, kinds, &identity(container), pid)?;
+    let helper = hook::launch(
+        &container.spec,
+        kinds,
+        &identity(container),
+        container.init.pid(),
+    )?;
     process::done(helper).await
 }
 
@@ -304,7 +321,9 @@ async fn abandon(container: &Container) {
         super::delete::remove_cgroup(&cgroup).await;
     }
     container.finish_role(255);
-    hooks_after(container, Kind::Poststop).await;
+    if let Err(error) = process::after_stop(&container.spec, &identity(container)).await {
+        told(container, &error);
+    }
     if let Some(used) = &container.used {
         used.end();
     }

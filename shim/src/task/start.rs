@@ -12,6 +12,7 @@ use crate::container::Container;
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::role::Role;
+use sock_sandbox::Timeline;
 use sock_sandbox::hook::Kind;
 
 pub(super) async fn start(pod: Rc<Pod>, request: StartRequest) -> Result<StartResponse, Failure> {
@@ -32,10 +33,12 @@ async fn first(
     container: Rc<Container>,
     process: &Rc<Process>,
 ) -> Result<(), Failure> {
+    let timeline = Timeline::default();
     if let Err(e) = process.start().await {
         bury(process).await;
         return Err(e);
     }
+    timeline.passed("the program runs");
     let ready = get_ready(&container, process).await;
     if let Err(e) = ready {
         if process.exited().is_none() {
@@ -54,6 +57,12 @@ async fn first(
     event.set_pid(process.pid().unsigned_abs());
     pod.events.publish(event);
     hooks_after(&container, Kind::Poststart).await;
+    timeline.passed("ready");
+    tracing::debug!(
+        container = container.id,
+        steps = ?timeline.steps(),
+        "started (microseconds)"
+    );
     // Only now: its end must not be told before its start.
     pod.watch(container, process.clone());
     Ok(())
