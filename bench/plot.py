@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Draws what `make bench` has measured, and writes it down for the documentation.
 
-plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the table in DOCS/performance.md between its marks.
+plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the tables in DOCS/performance.md between their marks. The steps of
+a container's start are taken from start.json beside BENCH_JSON.
 """
 
 import json
@@ -22,7 +23,6 @@ SHOWN = {
 TITLE = "First answer of an idle Function (median, logarithmic scale)"
 WIDTH, LEFT, RIGHT, ROW, TOP = 880, 250, 90, 58, 64
 OURS, PEER, TEXT = "#0f766e", "#b45309", "#475569"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def span(milliseconds: float) -> str:
@@ -69,6 +69,18 @@ def table(figures: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def steps(profile: list[list]) -> str:
+    rows = [(name.count("  "), name.strip(), micros) for name, micros in profile]
+    lines = [f"| {'&emsp;' * depth}{name} | {micros:,} |" for depth, name, micros in rows]
+    return "\n".join(["| step | µs |", "|---|---|", *lines])
+
+
+def between(page: str, mark: str, text: str) -> str:
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -85,9 +97,9 @@ def main() -> None:
     figures, docs = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     (docs / "figures.svg").write_text(picture(figures))
     page = docs / "performance.md"
-    before, rest = page.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{machine()}\n\n{table(figures)}\n{END}{after}")
+    text = between(page.read_text(), "figures", f"{machine()}\n\n{table(figures)}")
+    start = Path(sys.argv[1]).with_name("start.json")
+    page.write_text(between(text, "start", steps(json.loads(start.read_text()))))
 
 
 main()

@@ -1,7 +1,7 @@
 //! Ordinary containers and pods on sock, beside the same on runc and crun.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use crate::cluster::{self, Equipped, Node};
 use crate::measure::{megabytes, millis, weigh};
-use crate::node::containers::{Life, Lives, Runs, Starts};
+use crate::node::containers::{Life, Lives, Profile, Runs, Starts};
 use crate::node::memory::Memory;
 use crate::objects;
 use crate::progress::Progress;
 use crate::run::{counted, tell};
 use crate::stats::{Figure, Samples};
+use crate::table::table;
 
 /// What to do.
 #[derive(Debug)]
@@ -31,7 +32,35 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let progress = Progress::start();
     let node = Node::all()?.swap_remove(0).equip()?;
-    tell(&figures(&node, &progress)?, &options.out)
+    tell(&figures(&node, &progress)?, &options.out)?;
+    tell_start(&node, &progress, &options.out)
+}
+
+/// Prints where the time of the start of an ordinary container goes, and writes it beside the figures.
+///
+/// # Errors
+/// If the shim does not say, or the file cannot be written.
+pub fn tell_start(node: &Equipped, progress: &Progress, figures: &Path) -> Result<()> {
+    progress.step(&format!("the steps of {TIMES} starts"));
+    let lives = Lives {
+        shims: vec![SOCK.into()],
+        image: IMAGE.to_owned(),
+        times: TIMES,
+    };
+    let mut profiles: Vec<Profile> = node.job("profiles", &lives)?;
+    profiles.sort_by_key(|profile| profile.last().map(|(_, all)| *all));
+    let median = profiles.swap_remove(profiles.len() / 2);
+    let rows: Vec<Vec<String>> = median
+        .iter()
+        .map(|(step, micros)| vec![step.clone(), micros.to_string()])
+        .collect();
+    println!("\nWhere the time of the median start of an ordinary container went:\n");
+    println!("{}", table(&["step", "µs"], &rows));
+    let out = figures.with_file_name("start.json");
+    std::fs::write(&out, serde_json::to_string_pretty(&median)? + "\n")
+        .with_context(|| out.display().to_string())?;
+    eprintln!("written: {}", out.display());
+    Ok(())
 }
 
 const NAMESPACE: &str = "sock-bench-containers";
@@ -61,7 +90,7 @@ pub fn figures(node: &Equipped, progress: &Progress) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
 
     let mut runtimes = vec![sock.clone(), runc.clone()];
-    // Releases before 1.24 refuse specifications as new as containerd's.
+    // Where `bench/crun` has put one.
     let try_crun = format!(
         "ctr --namespace k8s.io run --rm --runtime io.containerd.runc.v2 --runc-binary crun {IMAGE} sock-bench-crun true"
     );

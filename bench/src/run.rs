@@ -96,6 +96,7 @@ fn report(options: &Options, node: &Equipped, progress: &Progress) -> Result<()>
             );
             println!("{}", start.table(&sample));
         }
+        containers::tell_start(node, progress, &options.out)?;
     }
     Ok(())
 }

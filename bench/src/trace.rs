@@ -166,18 +166,21 @@ fn start(line: &str) -> Result<Start> {
         fork: number("fork")?,
         told: number("told")?,
         confined: number("confined")?,
-        phases: phases(line)?,
+        phases: listed(line, "phases")?,
         import: number("import")?,
         total: number("total")?,
     })
 }
 
-/// `phases=[("mount", 12), ("proc", 30)]`.
-fn phases(line: &str) -> Result<Vec<(String, u64)>> {
+/// `NAME=[("mount", 12), ("proc", 30)]`.
+///
+/// # Errors
+/// The line has no such list.
+pub fn listed(line: &str, name: &str) -> Result<Vec<(String, u64)>> {
     let list = line
-        .split_once(" phases=[")
+        .split_once(&format!(" {name}=["))
         .and_then(|(_, rest)| rest.split_once(']'));
-    let (list, _) = list.context("no phases")?;
+    let (list, _) = list.with_context(|| format!("no {name}"))?;
     let pairs = list.split("(\"").skip(1);
     pairs
         .map(|pair| {

@@ -1,6 +1,7 @@
 //! Lives of containers: by `ctr`, as people have them, and by a shim alone, asked as containerd asks it.
 
 use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -70,6 +71,9 @@ pub struct Life {
     pub stop: u64,
 }
 
+/// The steps of a container's start with what each took, in microseconds; those within another are indented.
+pub type Profile = Vec<(String, u64)>;
+
 fn ctr(arguments: &[&str]) -> Result<()> {
     let ended = Command::new("ctr")
         .args(["--namespace", "k8s.io"])
@@ -128,6 +132,19 @@ pub fn starts(starts: &Starts) -> Result<Vec<u64>> {
     })
 }
 
+/// Of the first shim, which says what it does.
+///
+/// # Errors
+/// If it does not answer, refuses, or says nothing.
+pub fn profiles(lives: &Lives) -> Result<Vec<Profile>> {
+    let image = Image::mounted(&lives.image)?;
+    let shim = lives.shims.first().context("a shim")?;
+    let life = |time| Ok(life(shim, &image, &format!("profile-{time}"), true)?.1);
+    // The first finds caches cold.
+    life(0)?;
+    (1..=lives.times).map(life).collect()
+}
+
 /// Of each shim.
 ///
 /// # Errors
@@ -137,7 +154,7 @@ pub fn lives(lives: &Lives) -> Result<Vec<Vec<Life>>> {
     let mut found = vec![Vec::with_capacity(lives.times); lives.shims.len()];
     for time in 0..=lives.times {
         for (shim, found) in lives.shims.iter().zip(&mut found) {
-            let life = life(shim, &image, &format!("life-{time}"))
+            let (life, _) = life(shim, &image, &format!("life-{time}"), false)
                 .with_context(|| shim.display().to_string())?;
             if time > 0 {
                 found.push(life);
@@ -185,7 +202,7 @@ fn bundle(id: &str) -> Result<PathBuf> {
     Ok(bundle)
 }
 
-fn life(shim: &Path, image: &Image, id: &str) -> Result<Life> {
+fn life(shim: &Path, image: &Image, id: &str, traced: bool) -> Result<(Life, Profile)> {
     let bundle = bundle(id)?;
     let run = |action: &str| {
         let mut command = Command::new(shim);
@@ -201,6 +218,9 @@ fn life(shim: &Path, image: &Image, id: &str) -> Result<Life> {
             .env("NAMESPACE", NAMESPACE)
             .env("MAX_SHIM_VERSION", "2")
             .stdin(Stdio::null());
+        if traced {
+            command.env("SOCK_LOG", "debug");
+        }
         command
     };
     let mut rootfs = Mount::new();
@@ -220,15 +240,17 @@ fn life(shim: &Path, image: &Image, id: &str) -> Result<Life> {
     // containerd reads a shim's log here.
     let log = bundle.join("log");
     rustix::fs::mkfifoat(rustix::fs::CWD, &log, rustix::fs::Mode::RWXU)?;
-    let _log = File::options().read(true).write(true).open(&log)?;
+    let mut log = File::options().read(true).write(true).open(&log)?;
 
     let begin = Instant::now();
     let started = run("start").stderr(Stdio::inherit()).output()?;
+    let answered = micros(begin.elapsed());
     ensure!(started.status.success(), "start: {}", started.status);
     let address = address(&String::from_utf8_lossy(&started.stdout))?;
     let task = TaskClient::new(Client::connect(&address).context(address)?);
     let stopped = (|| {
         task.create(context(), &create).context("Create")?;
+        let created = micros(begin.elapsed());
         let mut start = StartRequest::new();
         id.clone_into(&mut start.id);
         task.start(context(), &start).context("Start")?;
@@ -246,7 +268,13 @@ fn life(shim: &Path, image: &Image, id: &str) -> Result<Life> {
         id.clone_into(&mut delete.id);
         task.delete(context(), &delete).context("Delete")?;
         let stop = micros(begin.elapsed());
-        Ok(Life { start, stop })
+        let times = [answered, created, start];
+        let profile = if traced {
+            profile(times, &said(&mut log)?)?
+        } else {
+            Profile::new()
+        };
+        Ok((Life { start, stop }, profile))
     })();
     let mut shutdown = ShutdownRequest::new();
     id.clone_into(&mut shutdown.id);
@@ -257,6 +285,63 @@ fn life(shim: &Path, image: &Image, id: &str) -> Result<Life> {
     let _ = rustix::mount::unmount(bundle.join("rootfs"), rustix::mount::UnmountFlags::DETACH);
     fs::remove_dir_all(&bundle).with_context(|| bundle.display().to_string())?;
     stopped
+}
+
+/// What is in a pipe now.
+fn said(log: &mut File) -> Result<String> {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    fcntl_setfl(&*log, fcntl_getfl(&*log)? | OFlags::NONBLOCK)?;
+    let mut bytes = Vec::new();
+    match log.read_to_end(&mut bytes) {
+        Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error.into()),
+        _ => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    }
+}
+
+/// Of a start: when its program, `Create` and `Start` had been answered, and what the shim said.
+fn profile([answered, created, started]: [u64; 3], said: &str) -> Result<Profile> {
+    let line = |of: &str| {
+        let mut lines = said.lines();
+        lines
+            .find(|line| line.contains(of))
+            .with_context(|| format!("the shim did not say {of:?}: {said}"))
+    };
+    let row = |depth: usize, name: &str, micros| (format!("{}{name}", "  ".repeat(depth)), micros);
+    let steps = |line: &str, list: &str, depth: usize| {
+        let steps = crate::trace::listed(line, list)?;
+        anyhow::Ok(
+            steps
+                .into_iter()
+                .map(move |(name, micros)| row(depth, &name, micros)),
+        )
+    };
+    let create = line("created (microseconds)")?;
+    let own: Profile = steps(create, "steps", 1)?.collect();
+    let known: u64 = own.iter().map(|(_, micros)| micros).sum();
+    let mut profile = vec![
+        row(
+            0,
+            "the program makes the socket, starts the server, answers",
+            answered,
+        ),
+        row(0, "Create", created - answered),
+        row(
+            1,
+            "the server is loaded, the request read",
+            (created - answered).saturating_sub(known),
+        ),
+    ];
+    for step in own {
+        let is_child = step.0.trim() == "the child";
+        profile.push(step);
+        if is_child {
+            profile.extend(steps(create, "child", 2)?);
+        }
+    }
+    profile.push(row(0, "Start", started - created));
+    profile.extend(steps(line("started (microseconds)")?, "steps", 1)?);
+    profile.push(row(0, "all", started));
+    Ok(profile)
 }
 
 fn context() -> Context {
@@ -282,6 +367,36 @@ fn address(reply: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_profile_has_the_steps_of_shim_and_child() {
+        let said = concat!(
+            "T DEBUG shim: shim started id=\"a\"\n",
+            "T DEBUG shim: created (microseconds) container=\"a\" total=900 steps=[(\"clone\", 300), (\"the child\", 500)] ",
+            "child=[(\"mounts\", 400)]\n",
+            "T DEBUG shim: started (microseconds) container=\"a\" steps=[(\"the program runs\", 700)]\n",
+        );
+        let found = profile([1000, 3000, 4000], said).unwrap();
+        let found: Vec<(&str, u64)> = found.iter().map(|(name, took)| (&**name, *took)).collect();
+        assert_eq!(
+            found,
+            [
+                (
+                    "the program makes the socket, starts the server, answers",
+                    1000
+                ),
+                ("Create", 2000),
+                ("  the server is loaded, the request read", 1200),
+                ("  clone", 300),
+                ("  the child", 500),
+                ("    mounts", 400),
+                ("Start", 1000),
+                ("  the program runs", 700),
+                ("all", 4000),
+            ]
+        );
+        assert!(profile([1, 2, 3], "nothing").is_err());
+    }
 
     #[test]
     fn both_forms_of_a_reply_have_an_address() {

@@ -36,6 +36,7 @@ pub fn run(job: &str) -> Result<()> {
         "runs" => answer(|asked| containers::runs(&asked)),
         "starts" => answer(|asked| containers::starts(&asked)),
         "lives" => answer(|asked| containers::lives(&asked)),
+        "profiles" => answer(|asked| containers::profiles(&asked)),
         "traffic" => traffic::run(),
         _ => bail!("no job is called {job}"),
     }
