@@ -14,7 +14,7 @@ node_image() {
     return
   fi
   local key name published
-  key=$(digest "$(tools_key)" "${NODE_PACKAGES[*]} $NODE_SUITE" "$HERE"/{node-image.sh,roots.sh,archive.py} "$HERE"/node/*)
+  key=$(digest "$(tools_key)" "${NODE_PACKAGES[*]} $NODE_SUITE" "$HERE"/{node-image.sh,store.sh,roots.sh,archive.py} "$HERE"/node/*)
   name=sock/kind-node:$key
   if docker image inspect "$name" >/dev/null 2>&1; then
     tools kind kubernetes
@@ -160,35 +160,13 @@ node_archives() { # ROOT WORK
 
 # Puts the images into the node's containerd store, not unpacked, pinned against garbage collection.
 node_store() { # ROOT WORK
-  local root=$1 work=$2 socket=$2/containerd.sock pid image attempt
+  local root=$1 work=$2 image
   rm -rf "$root/var/lib/containerd"
-  mkdir -p "$root/var/lib/containerd"
-  cat >"$work/containerd.toml" <<TOML
-version = 3
-root = "$root/var/lib/containerd"
-state = "$work/state"
-disabled_plugins = ["io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri",
-  "io.containerd.nri.v1.nri", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs"]
-[grpc]
-  address = "$socket"
-[ttrpc]
-  address = "$socket.ttrpc"
-TOML
-  launch "$TOOLS/containerd" --config "$work/containerd.toml" >>"$LOG" 2>&1
-  pid=$!
-  # shellcheck disable=SC2064 # the process of now is meant
-  trap "kill $pid 2>/dev/null || true" EXIT
-  for attempt in {1..100}; do
-    timeout 5 "$TOOLS/ctr" -a "$socket" version >/dev/null 2>&1 && break
-    [[ $attempt -lt 100 ]] || fail "containerd does not start; see $LOG"
-    sleep 0.1
-  done
+  store_open "$root" "$work" "$TOOLS/containerd" "$TOOLS/ctr"
   for image in "$work"/images/*.tar; do
-    quiet "$TOOLS/ctr" -a "$socket" -n k8s.io images import --label=io.cri-containerd.pinned=pinned --all-platforms --no-unpack --digests "$image"
+    quiet store images import --label=io.cri-containerd.pinned=pinned --all-platforms --no-unpack --digests "$image"
   done
-  kill "$pid"
-  wait "$pid" || true
-  trap - EXIT
+  store_close
 }
 
 node_import() { # ROOT NAME

@@ -183,6 +183,24 @@ def cgroup_write():
     return done[:3] or "nothing"
 
 
+def mounted_cgroup():
+    mount(b"cgroup2")
+    done = []
+    for name in ("cgroup.procs", "cgroup.subtree_control", "cgroup.freeze", "memory.max", "pids.max"):
+        try:
+            os.close(os.open("/tmp/" + name, os.O_WRONLY))
+            done.append(name)
+        except OSError:
+            pass
+    try:
+        os.mkdir("/tmp/hostile")
+        os.rmdir("/tmp/hostile")
+        done.append("mkdir")
+    except OSError:
+        pass
+    return done or "nothing"
+
+
 def forged():
     # The credentials of root, and of process 1.
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -287,6 +305,7 @@ ATTEMPTS = {
     ),
     "mknod": lambda: os.mknod("/tmp/sda", 0o600 | stat.S_IFBLK, os.makedev(8, 0)),
     "cgroup files": cgroup_write,
+    "mounted cgroup files": mounted_cgroup,
     "sysctl": lambda: write("/proc/sys/kernel/core_pattern", "|/tmp/x"),
     "sysrq": lambda: os.open("/proc/sysrq-trigger", os.O_WRONLY),
     "kcore": lambda: read("/proc/kcore"),

@@ -24,6 +24,8 @@ grep -Es '^[0-9]+ \(|^0::|:pids:' /proc/[0-9]*/stat /proc/[0-9]*/cgroup | awk -v
     gsub(/ /, "_", name[pid])
     split(rest, fields, " ")
     session[pid] = fields[4]
+    # PF_KTHREAD (linux/sched.h): a machine of its own shows the threads of its kernel, which come and go.
+    if (int(fields[7] / 2097152) % 2) delete name[pid]
   }
   $0 ~ "^/proc/[0-9]+/cgroup:" {
     path = line

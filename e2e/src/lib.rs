@@ -2,6 +2,7 @@
 //!
 //! The tests in `tests/` need the cluster that `make install` makes; `e2e/cluster/env` says where it is.
 
+pub mod attempts;
 mod client;
 mod cluster;
 mod inventory;

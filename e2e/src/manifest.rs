@@ -114,6 +114,12 @@ pub fn only_on(node: &str, mut package_set: Value) -> Value {
     package_set
 }
 
+/// Keeps a pod to one node.
+pub fn pod_on(node: &str, mut pod: Value) -> Value {
+    pod["spec"]["nodeSelector"] = json!({"kubernetes.io/hostname": node});
+    pod
+}
+
 /// The same Function with fields of its spec set.
 pub fn with(mut function: Value, fields: &Value) -> Value {
     if let (Some(spec), Some(fields)) = (function["spec"].as_object_mut(), fields.as_object()) {

@@ -21,10 +21,13 @@ describe() {
 }
 "#;
 
+/// How the name of the node that `e2e/guest/node` adds ends: a machine of its own, whose shell is a pod.
+const GUEST: &str = "-guest";
+
 /// A node of the cluster.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Node {
-    /// Its name, which with kind is also its container's.
+    /// Its name, which is also its container's if it is kind's.
     pub name: String,
 }
 
@@ -154,9 +157,16 @@ impl Node {
         arguments: &[&str],
         input: Option<&str>,
     ) -> Result<String> {
-        let mut all = vec!["exec", "-i", &self.name, "sh", "-c", script, "sh"];
+        let (client, reach): (_, &[&str]) = if self.name.ends_with(GUEST) {
+            let enter = "kube-system exec -i guest-shell -- nsenter -t 1 -m -u -i -n";
+            ("kubectl", &["-n", enter])
+        } else {
+            ("docker", &["exec", "-i", &self.name])
+        };
+        let reach = reach.iter().flat_map(|part| part.split(' '));
+        let mut all: Vec<&str> = reach.chain(["/bin/sh", "-c", script, "sh"]).collect();
         all.extend(arguments);
-        output(&mut program("docker", &all)?, input)
+        output(&mut program(client, &all)?, input)
     }
 
     /// Processes by number; those that are gone are left out.
