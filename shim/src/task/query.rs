@@ -7,10 +7,10 @@ use containerd_shim::api::{
     StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
     WaitRequest, WaitResponse,
 };
-use containerd_shim::protos::protobuf::MessageDyn;
 use containerd_shim::protos::types::task::ProcessInfo;
 
 use super::{Failure, timestamp};
+use crate::events::any;
 use crate::pod::Pod;
 use crate::process::Phase;
 
@@ -102,13 +102,15 @@ pub(super) async fn stats(pod: Rc<Pod>, request: StatsRequest) -> Result<StatsRe
     };
     let cgroup =
         containerd_shim::cgroup::get_cgroup(process.pid().unsigned_abs()).map_err(failed)?;
-    let metrics: Box<dyn MessageDyn> = if pod.hierarchies()?.unified() {
-        Box::new(containerd_shim::cgroup::collect_metrics_v2(&cgroup).map_err(failed)?)
+    let metrics = if pod.hierarchies()?.unified() {
+        let metrics = containerd_shim::cgroup::collect_metrics_v2(&cgroup).map_err(failed)?;
+        any("io.containerd.cgroups.v2", &metrics)
     } else {
-        Box::new(containerd_shim::cgroup::collect_metrics(&cgroup).map_err(failed)?)
+        let metrics = containerd_shim::cgroup::collect_metrics(&cgroup).map_err(failed)?;
+        any("io.containerd.cgroups.v1", &metrics)
     };
     let mut response = StatsResponse::new();
-    response.set_stats(containerd_shim::util::convert_to_any(metrics).map_err(failed)?);
+    response.set_stats(metrics.map_err(|error| failed(error.into()))?);
     Ok(response)
 }
 
