@@ -88,8 +88,11 @@ fn until_settled(
     settled.with_context(|| format!("left behind: {last:#?}"))
 }
 
-/// What belongs to tests that ran before is on its way out; the account begins when it is gone.
-fn until_other_tests_are_gone() -> Result<()> {
+/// What belongs to tests that ran before is on its way out; waits until it is gone.
+///
+/// # Errors
+/// It stays.
+pub fn until_other_tests_are_gone() -> Result<()> {
     kubectl(&[
         "delete",
         "namespace",

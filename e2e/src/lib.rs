@@ -13,7 +13,10 @@ mod wait;
 
 pub use client::{Answer, Client, Load};
 pub use cluster::{apply, built, get, has_event, kubectl, kubectl_with, program};
-pub use inventory::{Inventory, inventory, inventory_of_quiet, until_as_before, until_as_much};
+pub use inventory::{
+    Inventory, inventory, inventory_of_quiet, until_as_before, until_as_much,
+    until_other_tests_are_gone,
+};
 pub use namespace::{Namespace, Security, in_namespace, in_namespace_of};
 pub use node::{Node, Process, is_of_pod, workers};
 pub use wait::{MINUTE, until};

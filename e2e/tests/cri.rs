@@ -7,7 +7,10 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use sock_e2e::{MINUTE, Namespace, Node, Security, get, in_namespace_of, program, until, workers};
+use sock_e2e::{
+    MINUTE, Namespace, Node, Security, get, in_namespace_of, program, until,
+    until_other_tests_are_gone, workers,
+};
 
 /// Where all of it lies on a node.
 const PLACE: &str = "/var/lib/sock-cri";
@@ -143,6 +146,10 @@ fn until_ready(node: &Node) -> Result<()> {
 
 #[test]
 fn what_passes_with_runc_passes_with_sock() {
+    // The registry of a run before would answer on its port.
+    if let Err(error) = until_other_tests_are_gone() {
+        panic!("{error:#}");
+    }
     in_namespace_of(Security::Privileged, "cri", |namespace| {
         let mut nodes = workers()?.into_iter();
         let (one, other) = nodes.next().zip(nodes.next()).context("two nodes")?;

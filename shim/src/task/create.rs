@@ -222,9 +222,16 @@ fn identity(container: &Container) -> Identity {
     }
 }
 
-/// Runs hooks of what has happened already: one that fails is only told of, as the specification has it.
-pub(super) async fn hooks_after(container: &Container, kind: Kind) {
-    if let Err(error) = hooks(container, &[kind]).await {
+/// Runs the hooks for after the start. One of what has happened already that fails is only told of, as the specification has it.
+pub(super) async fn after_start(container: &Container) {
+    if let Err(error) = hooks(container, &[Kind::Poststart]).await {
+        told(container, &error);
+    }
+}
+
+/// Runs the hooks for after the end, unless they were run.
+pub(super) async fn after_stop(container: &Container) {
+    if let Err(error) = process::after_stop(&container.spec, &identity(container)).await {
         told(container, &error);
     }
 }
@@ -321,9 +328,7 @@ async fn abandon(container: &Container) {
         super::delete::remove_cgroup(&cgroup).await;
     }
     container.finish_role(255);
-    if let Err(error) = process::after_stop(&container.spec, &identity(container)).await {
-        told(container, &error);
-    }
+    after_stop(container).await;
     if let Some(used) = &container.used {
         used.end();
     }

@@ -6,9 +6,8 @@ use std::time::Duration;
 use containerd_shim::api::{DeleteRequest, DeleteResponse, Empty, ShutdownRequest};
 use containerd_shim::protos::events::task::TaskDelete;
 use sock_sandbox::cgroup::Cgroup;
-use sock_sandbox::hook::Kind;
 
-use super::create::hooks_after;
+use super::create::after_stop;
 use super::{Failure, timestamp};
 use crate::children::Claim;
 use crate::container::Container;
@@ -45,7 +44,7 @@ pub(super) async fn delete(
     };
     if request.exec_id.is_empty() {
         clean(&container).await;
-        hooks_after(&container, Kind::Poststop).await;
+        after_stop(&container).await;
         pod.containers.borrow_mut().remove(&request.id);
         let mut event = TaskDelete::new();
         event.set_container_id(request.id);

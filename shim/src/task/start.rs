@@ -6,14 +6,13 @@ use containerd_shim::api::{StartRequest, StartResponse};
 use containerd_shim::protos::events::task::{TaskExecStarted, TaskStart};
 
 use super::Failure;
-use super::create::hooks_after;
+use super::create::after_start;
 use crate::children::Claim;
 use crate::container::Container;
 use crate::pod::Pod;
 use crate::process::Process;
 use crate::role::Role;
 use sock_sandbox::Timeline;
-use sock_sandbox::hook::Kind;
 
 pub(super) async fn start(pod: Rc<Pod>, request: StartRequest) -> Result<StartResponse, Failure> {
     let container = pod.container(&request.id)?;
@@ -56,7 +55,7 @@ async fn first(
     event.set_container_id(container.id.clone());
     event.set_pid(process.pid().unsigned_abs());
     pod.events.publish(event);
-    hooks_after(&container, Kind::Poststart).await;
+    after_start(&container).await;
     timeline.passed("ready");
     tracing::debug!(
         container = container.id,
