@@ -56,7 +56,8 @@ impl<'a> Prepared<'a> {
         namespace.apply(&[json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"name": node.name},
             "spec": {
-                "nodeName": node.name, "hostNetwork": true, "terminationGracePeriodSeconds": 0,
+                // With no grace at all its object would be gone before it is, and its port would be taken in the next run.
+                "nodeName": node.name, "hostNetwork": true, "terminationGracePeriodSeconds": 1,
                 "containers": [{
                     "name": "registry", "image": "docker.io/library/python:3.13-slim-trixie", "imagePullPolicy": "Never",
                     "command": ["python3", "-c", REGISTRY, port, "/layout"],

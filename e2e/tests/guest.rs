@@ -19,7 +19,7 @@ struct Guest {
     node: Node,
 }
 
-fn guest(arguments: &[&str]) -> Result<String> {
+fn guest(arguments: &[&str]) -> Result<()> {
     let done = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/guest/node"))
         .args(arguments)
         .stderr(std::process::Stdio::inherit())
@@ -29,7 +29,7 @@ fn guest(arguments: &[&str]) -> Result<String> {
         "e2e/guest/node {arguments:?}: {}",
         done.status
     );
-    Ok(String::from_utf8(done.stdout)?.trim().to_owned())
+    Ok(())
 }
 
 impl Guest {
@@ -40,11 +40,16 @@ impl Guest {
                 env!("CARGO_MANIFEST_DIR")
             )
         });
+        let cluster = std::env::var("CLUSTER").unwrap_or_else(|_| "sock".to_owned());
+        // From here what is made is taken away, also what did not get ready.
+        let booted = Guest {
+            node: Node {
+                name: format!("{cluster}-guest"),
+            },
+        };
         let mut arguments = vec!["up"];
         arguments.extend(archives.iter().map(String::as_str));
-        let name = guest(&arguments)?;
-        let node = Node { name };
-        let booted = Guest { node };
+        guest(&arguments)?;
         until("sock is installed on the guest", LONG, || {
             Ok(workers()?.contains(&booted.node).then_some(()))
         })?;
@@ -65,7 +70,7 @@ fn a_machine_with_systemd_and_cgroup_v2_runs_pods_and_forks_functions() -> Resul
     let guest = Guest::boot()?;
     let node = &guest.node;
     let said = node.shell(
-        "cat /proc/1/comm; stat -f -c %T /sys/fs/cgroup; systemctl is-system-running",
+        "cat /proc/1/comm; stat -f -c %T /sys/fs/cgroup; systemctl is-system-running --wait || systemctl --failed",
         &[],
     )?;
     ensure!(said == "systemd\ncgroup2fs\nrunning\n", "{said}");
@@ -77,8 +82,8 @@ fn a_machine_with_systemd_and_cgroup_v2_runs_pods_and_forks_functions() -> Resul
             manifest::pod_on(&node.name, limited(manifest::busybox("hungry", &[("main", "tail -c 100000000 /dev/zero; echo $?")]))),
             manifest::only_on(&node.name, manifest::package_set("plain", &["json"])),
             manifest::with(
-                manifest::function("who", "plain", "import os\ndef handler(event, context):\n    return str(os.getpid())\n"),
-                &json!({"idle": {"freezeAfterMs": 2000, "endAfterMs": 20000}}),
+                manifest::function("who", "plain", "import uuid\nWHO = str(uuid.uuid4())\ndef handler(event, context):\n    return WHO\n"),
+                &json!({"idle": {"freezeAfterMs": 2000, "endAfterMs": 60000}}),
             ),
         ])?;
         an_ordinary_pod(node, namespace)?;
@@ -147,11 +152,7 @@ fn an_ordinary_pod(node: &Node, namespace: &Namespace) -> Result<()> {
         Ok(used.filter(|used| (1..41_943_040).contains(used)))
     })?;
     namespace.kubectl(&["exec", "box", "--", "sh", "-c", "echo 7 >/tmp/end"])?;
-    let state = until("the pod has ended", LONG, || {
-        let pod = namespace.get(&["pod", "box"])?;
-        let state = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
-        Ok((!state.is_null()).then(|| state.clone()))
-    })?;
+    let state = terminated(namespace, "box")?;
     ensure!(
         state["exitCode"] == 7 && state["reason"] == "Error",
         "{state}"
@@ -159,12 +160,17 @@ fn an_ordinary_pod(node: &Node, namespace: &Namespace) -> Result<()> {
     Ok(())
 }
 
-fn want_of_memory_is_told(namespace: &Namespace) -> Result<()> {
-    let state = until("the hungry pod has ended", LONG, || {
-        let pod = namespace.get(&["pod", "hungry"])?;
+/// How the container of a pod has ended.
+fn terminated(namespace: &Namespace, pod: &str) -> Result<Value> {
+    until(&format!("pod {pod} has ended"), LONG, || {
+        let pod = namespace.get(&["pod", pod])?;
         let state = &pod["status"]["containerStatuses"][0]["state"]["terminated"];
         Ok((!state.is_null()).then(|| state.clone()))
-    })?;
+    })
+}
+
+fn want_of_memory_is_told(namespace: &Namespace) -> Result<()> {
+    let state = terminated(namespace, "hungry")?;
     ensure!(state["reason"] == "OOMKilled", "{state}");
     Ok(())
 }

@@ -103,13 +103,17 @@ fn neither_an_extended_zygote_nor_its_child_leaves_its_sandbox() {
             depth(&child)? == depth(&extended)? + 1,
             "the child was not forked from its parent"
         );
-        check(Place::Extended, &found_by_warm_up(namespace, &extended)?)?;
-        check(Place::Child, &found_by_warm_up(namespace, &child)?)?;
+        check(
+            Place::Extended,
+            &node,
+            &found_by_warm_up(namespace, &extended)?,
+        )?;
+        check(Place::Child, &node, &found_by_warm_up(namespace, &child)?)?;
 
         let mut client = Client::on(&node.other()?)?;
         for function in ["parent", "child"] {
             let found = found_by_handler(namespace, &mut client, function)?;
-            check(Place::Leaf, &found).with_context(|| format!("Function {function}"))?;
+            check(Place::Leaf, &node, &found).with_context(|| format!("Function {function}"))?;
         }
         Ok(())
     });

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -31,11 +32,16 @@ impl Readiness {
     /// # Errors
     /// What bind(2) says.
     pub async fn open(&mut self) -> io::Result<()> {
-        if self.open.is_none() {
+        if self.open.as_ref().is_none_or(JoinHandle::is_finished) {
             let listener = self.listen().await?;
             self.open = Some(tokio::spawn(async move {
                 // Who connects has learned all there is.
-                while listener.accept().await.is_ok() {}
+                loop {
+                    if listener.accept().await.is_err() {
+                        // Out of descriptors or memory, which others free.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
             }));
         }
         Ok(())
@@ -60,8 +66,6 @@ impl Readiness {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::time::Duration;
-
     use tokio::net::TcpStream;
 
     use super::*;

@@ -268,9 +268,9 @@ impl Caller {
         say(&self.channel, b"mounted", &[]).step("tell", "caller")
     }
     pub(crate) fn failed(&self, error: &Error) {
-        let mut text = error.to_string();
-        text.truncate(8000);
-        let _ = rustix::net::send(&self.channel, text.as_bytes(), SendFlags::NOSIGNAL);
+        let text = error.to_string();
+        let most = text.len().min(8000);
+        let _ = rustix::net::send(&self.channel, &text.as_bytes()[..most], SendFlags::NOSIGNAL);
     }
     /// Waits for the next word, and enters the cgroup that comes with it. A caller that is gone is an order to end.
     pub(crate) fn hear(&self) -> Result<()> {

@@ -1,7 +1,8 @@
 //! The pod that this shim serves.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use containerd_shim::asynchronous::ExitSignal;
 use containerd_shim::protos::events::task::{TaskExit, TaskOOM};
 use sock_sandbox::cgroup::Hierarchies;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 
 use crate::container::Container;
 use crate::events::Events;
@@ -23,6 +25,10 @@ pub struct Pod {
     pub containers: RefCell<HashMap<String, Rc<Container>>>,
     /// To containerd.
     pub events: Events,
+    /// How many containers are being made.
+    pub creating: Cell<usize>,
+    /// Told when the last container has gone.
+    pub emptied: Notify,
     hierarchies: OnceCell<Hierarchies>,
     exit: Arc<ExitSignal>,
 }
@@ -34,6 +40,8 @@ impl Pod {
         Self {
             containers: RefCell::default(),
             events,
+            creating: Cell::default(),
+            emptied: Notify::new(),
             hierarchies: OnceCell::new(),
             exit,
         }
@@ -143,6 +151,26 @@ impl Pod {
         }
         self.events.flush(Duration::from_secs(3)).await;
         self.exit.signal();
+    }
+
+    /// Ends the shim when it serves nothing and the bundle that it was started in is removed: containerd has forgotten it. So it
+    /// does when it cannot note where the server is, as on a full disk (`shimBinary.Start`, core/runtime/v2/binary.go), and when
+    /// it was restarted before it asked for a container.
+    pub async fn until_abandoned(self: Rc<Self>) {
+        const LOOK: Duration = Duration::from_secs(1);
+        loop {
+            if !self.containers.borrow().is_empty() {
+                self.emptied.notified().await;
+            }
+            // The server's working directory.
+            let serves = self.creating.get() > 0 || !self.containers.borrow().is_empty();
+            if !serves && !Path::new("config.json").exists() {
+                break;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        tracing::warn!("containerd has given this shim up without telling it");
+        self.shutdown().await;
     }
 
     /// Reaps processes whose parents ended and which the kernel gave to this one, the nearest subreaper.

@@ -47,6 +47,16 @@ pub fn spawn(opts: &StartOpts, address: &str) -> Result<(), Error> {
     let Some(listener) = listen(Path::new(path)).map_err(at("listen on", path))? else {
         return Ok(());
     };
+    let started = start(opts, address, &listener);
+    if started.is_err() {
+        // containerd removes the bundle alone.
+        let _ = std::fs::remove_file(path);
+    }
+    started
+}
+
+/// Starts the server, which takes the socket over.
+fn start(opts: &StartOpts, address: &str, listener: &UnixListener) -> Result<(), Error> {
     let (mut command, program) =
         crate::reexec::command().map_err(at("mount read-only", "this program"))?;
     command
@@ -85,6 +95,7 @@ pub fn spawn(opts: &StartOpts, address: &str) -> Result<(), Error> {
     });
     if let Err(error) = confined {
         let _ = server.kill();
+        let _ = server.wait();
         return Err(error);
     }
     Ok(())

@@ -14,7 +14,7 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::types::introspection::RuntimeInfo;
 use containerd_shim::{Config, DeleteResponse, Error, Flags, StartOpts};
 use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location};
-use sock_sandbox::hook::Identity;
+use sock_sandbox::hook::{self, Identity, Kind};
 
 use crate::crash::{self, Trace};
 use crate::events::Events;
@@ -40,11 +40,16 @@ pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// # Errors
 /// No file, or not a specification.
 pub fn load_spec(bundle: &Path) -> Result<oci_spec::runtime::Spec, Error> {
+    read(bundle)
+}
+
+fn read<T: serde::de::DeserializeOwned>(bundle: &Path) -> Result<T, Error> {
     let file = bundle.join("config.json");
-    let wrong = |e: &dyn std::fmt::Display| Error::Other(format!("{}: {e}", file.display()));
+    let wrong =
+        |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", file.display()));
     // A reader would be asked for each byte.
-    let text = std::fs::read(&file).map_err(|e| wrong(&e))?;
-    serde_json::from_slice(&text).map_err(|e| wrong(&e))
+    let text = std::fs::read(&file).map_err(|error| wrong(&error))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(&error))
 }
 
 /// The sandbox that a bundle's specification names. The rest of it is for the server.
@@ -53,11 +58,7 @@ fn sandbox(bundle: &Path) -> Result<Option<String>, Error> {
     struct Annotated {
         annotations: Option<BTreeMap<String, String>>,
     }
-    let file = bundle.join("config.json");
-    let wrong =
-        |error: &dyn std::fmt::Display| Error::Other(format!("{}: {error}", file.display()));
-    let text = std::fs::read(&file).map_err(|error| wrong(&error))?;
-    let mut found: Annotated = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+    let mut found: Annotated = read(bundle)?;
     Ok(found
         .annotations
         .as_mut()
@@ -112,6 +113,9 @@ async fn hooks_after_stop(trace: &Trace) -> Result<(), crate::task::Failure> {
     let Ok(spec) = load_spec(&trace.bundle) else {
         return Ok(());
     };
+    if !hook::has(&spec, &[Kind::Poststop]) {
+        return Ok(());
+    }
     let container = Identity {
         id: trace.id.clone(),
         bundle: trace.bundle.clone(),
@@ -212,36 +216,21 @@ impl Service {
         let address = std::env::var(serve::TTRPC_ADDRESS).unwrap_or_default();
         let (jobs, mut queue) = tokio::sync::mpsc::unbounded_channel();
         let (exit, namespace) = (self.exit.clone(), self.namespace.clone());
-        let abandoned_exit = exit.clone();
         // Everything of the pod lives on this one thread; the service that ttrpc calls only sends jobs to it.
         tokio::task::spawn_local(async move {
             let pod = Rc::new(Pod::new(Events::new(address, namespace), exit));
             pod.clone().reap_orphans();
-            let first: Option<crate::task::Job> = tokio::select! {
-                first = queue.recv() => first,
-                () = abandoned() => None,
-            };
-            let Some(first) = first else {
-                tracing::warn!("containerd has given this container up before it asked for it");
-                abandoned_exit.signal();
-                return;
-            };
-            alone().await;
-            tokio::task::spawn_local(first(pod.clone()));
+            tokio::task::spawn_local(pod.clone().until_abandoned());
+            let mut first = true;
             while let Some(job) = queue.recv().await {
+                let job: crate::task::Job = job;
+                if std::mem::take(&mut first) {
+                    alone().await;
+                }
                 tokio::task::spawn_local(job(pod.clone()));
             }
         });
         TaskService::new(Jobs::new(jobs))
-    }
-}
-
-/// Waits until the bundle that this process was started in is removed. containerd does that, and forgets the server, when it
-/// cannot note where the server is, as on a full disk (`shimBinary.Start`, core/runtime/v2/binary.go).
-async fn abandoned() {
-    const LOOK: Duration = Duration::from_secs(5);
-    while Path::new("config.json").exists() {
-        tokio::time::sleep(LOOK).await;
     }
 }
 

@@ -27,7 +27,13 @@ pub(super) async fn create(
     pod: Rc<Pod>,
     request: CreateTaskRequest,
 ) -> Result<CreateTaskResponse, Failure> {
-    let begun = std::time::Instant::now();
+    pod.creating.update(|count| count + 1);
+    let outcome = make(&pod, request).await;
+    pod.creating.update(|count| count - 1);
+    outcome
+}
+
+async fn make(pod: &Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskResponse, Failure> {
     let timeline = Timeline::default();
     if pod.containers.borrow().contains_key(&request.id) {
         return Err(Failure::exists(format!(
@@ -95,7 +101,7 @@ pub(super) async fn create(
         namespace::join(namespace::open(&path)?, LinuxNamespaceType::Network)?;
     }
     timeline.passed("specification");
-    let result = build(&pod, &container, &request, &paths, extra, &timeline).await;
+    let result = build(pod, &container, &request, &paths, extra, &timeline).await;
     let child = match result {
         Ok(steps) => steps,
         Err(e) => {
@@ -119,7 +125,6 @@ pub(super) async fn create(
     timeline.passed("bookkeeping");
     tracing::debug!(
         container = request.id,
-        total = begun.elapsed().as_micros(),
         steps = ?timeline.steps(),
         ?child,
         "created (microseconds)"

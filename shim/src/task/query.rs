@@ -118,10 +118,13 @@ pub(super) async fn connect(
     pod: Rc<Pod>,
     request: ConnectRequest,
 ) -> Result<ConnectResponse, Failure> {
-    let container = pod.container(&request.id)?;
+    // A containerd that comes back asks so whether the shim lives, with a container that it may not have asked for yet.
+    let pid = pod
+        .container(&request.id)
+        .map_or(0, |container| container.init.pid());
     let mut response = ConnectResponse::new();
     response.set_shim_pid(std::process::id());
-    response.set_task_pid(container.init.pid().unsigned_abs());
+    response.set_task_pid(pid.unsigned_abs());
     response.set_version(env!("CARGO_PKG_VERSION").to_string());
     Ok(response)
 }
