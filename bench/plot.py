@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Draws what `make bench` has measured, and writes it down for the documentation.
 
-plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the tables in DOCS/performance.md between their marks. The steps of
-a container's start are taken from start.json beside BENCH_JSON.
+plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the tables in DOCS/performance.md between their marks. The steps
+of a container's start are taken from start.json beside BENCH_JSON.
 """
 
 import json
