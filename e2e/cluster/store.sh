@@ -35,6 +35,7 @@ store() {
 
 store_close() {
   kill "$STORE_PID"
-  wait "$STORE_PID" || true
+  # What it had to write is written when it ends well.
+  wait "$STORE_PID" || fail "containerd did not end well (exit code $?); see $LOG"
   trap - EXIT
 }

@@ -27,8 +27,8 @@ pub struct Pod {
     pub events: Events,
     /// How many containers are being made.
     pub creating: Cell<usize>,
-    /// Told when the last container has gone.
-    pub emptied: Notify,
+    /// Told when a container has gone.
+    pub gone: Notify,
     hierarchies: OnceCell<Hierarchies>,
     exit: Arc<ExitSignal>,
 }
@@ -41,7 +41,7 @@ impl Pod {
             containers: RefCell::default(),
             events,
             creating: Cell::default(),
-            emptied: Notify::new(),
+            gone: Notify::new(),
             hierarchies: OnceCell::new(),
             exit,
         }
@@ -160,7 +160,7 @@ impl Pod {
         const LOOK: Duration = Duration::from_secs(1);
         loop {
             if !self.containers.borrow().is_empty() {
-                self.emptied.notified().await;
+                self.gone.notified().await;
             }
             // The server's working directory.
             let serves = self.creating.get() > 0 || !self.containers.borrow().is_empty();

@@ -372,7 +372,7 @@ mod tests {
     fn a_profile_has_the_steps_of_shim_and_child() {
         let said = concat!(
             "T DEBUG shim: shim started id=\"a\"\n",
-            "T DEBUG shim: created (microseconds) container=\"a\" total=900 steps=[(\"clone\", 300), (\"the child\", 500)] ",
+            "T DEBUG shim: created (microseconds) container=\"a\" steps=[(\"clone\", 300), (\"the child\", 500)] ",
             "child=[(\"mounts\", 400)]\n",
             "T DEBUG shim: started (microseconds) container=\"a\" steps=[(\"the program runs\", 700)]\n",
         );

@@ -46,7 +46,7 @@ pub(super) async fn delete(
         clean(&container).await;
         after_stop(&container).await;
         pod.containers.borrow_mut().remove(&request.id);
-        pod.emptied.notify_one();
+        pod.gone.notify_one();
         let mut event = TaskDelete::new();
         event.set_container_id(request.id);
         event.set_pid(process.pid().unsigned_abs());
