@@ -59,6 +59,7 @@ test-images: cluster
 	e2e/cluster/load target/archives/tests/*.tar
 	e2e/images/build target/archives/cri critest
 	e2e/containerds/build target/archives/containerds
+	e2e/docker/take target/archives/docker
 
 # Tests on the cluster wait more than they compute, but more at once only make each other late.
 # Those that look at whole nodes come last, one after the other.
@@ -66,7 +67,7 @@ e2e: install test-images ## end-to-end tests on the cluster
 	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
 	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan; status=$$?; \
-	for alone in soak faults nodes ctr containerds cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || status=$$?; done; \
+	for alone in soak faults nodes ctr containerds docker cri deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || status=$$?; done; \
 	exit $$status
 
 e2e-faults: install ## every fault once, as tests; a part of e2e

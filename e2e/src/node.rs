@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::cluster::{get, output, program};
@@ -167,6 +167,21 @@ impl Node {
         let mut all: Vec<&str> = reach.chain(["/bin/sh", "-c", script, "sh"]).collect();
         all.extend(arguments);
         output(&mut program(client, &all)?, input)
+    }
+
+    /// Puts a file of this machine at a path of the node, with the directories that it lies in.
+    ///
+    /// # Errors
+    /// The file is missing, or the node does not answer.
+    pub fn put(&self, file: &str, at: &str) -> Result<()> {
+        ensure!(
+            Path::new(file).is_file(),
+            "{file} is missing: make test-images"
+        );
+        self.shell("mkdir -p \"$(dirname \"$1\")\"", &[at])?;
+        let to = format!("{}:{at}", self.name);
+        output(&mut program("docker", &["cp", file, &to])?, None)?;
+        Ok(())
     }
 
     /// Processes by number; those that are gone are left out.

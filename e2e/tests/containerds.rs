@@ -1,7 +1,7 @@
 //! Other releases of containerd than the cluster's, each run beside it on a node: the shim answers every one in its own way.
 
 use anyhow::{Context as _, Result, ensure};
-use sock_e2e::{inventory_of_quiet, program, until_as_before, workers};
+use sock_e2e::{inventory_of_quiet, until_as_before, workers};
 
 /// `$1`: where the programs are and everything else is to be, `$2`: the version of the configuration, `$3` and `$4`: the plugins
 /// that configure runtimes and images. Leaves nothing.
@@ -42,7 +42,7 @@ cri() { timeout 60 crictl --runtime-endpoint unix://$socket --image-endpoint uni
 stop() { kill $daemon; wait $daemon 2>/dev/null; }
 start
 trap 'stop; rm -rf $at' EXIT
-ctr -n k8s.io images export $at/image.tar docker.io/library/busybox:1.36 2>/dev/null
+ctr -n k8s.io images export --local $at/image.tar docker.io/library/busybox:1.36 2>/dev/null
 for namespace in other k8s.io; do
   timeout 60 $at/ctr --address $socket --namespace $namespace images import $at/image.tar >/dev/null
 done
@@ -104,19 +104,9 @@ fn answers(release: &str, version: &str, runtimes: &str, images: &str) -> Result
     let before = inventory_of_quiet(nodes)?;
     let at = format!("/var/lib/other-containerd-{release}");
     let from = format!("../target/archives/containerds/{release}");
-    ensure!(
-        std::path::Path::new(&from).is_dir(),
-        "{from} is missing: make test-images"
-    );
-    node.shell("mkdir -p \"$1\"", &[&at])?;
     // The node's installer knows its own containerd by its name.
-    for (program_, name) in [("containerd", "other-containerd"), ("ctr", "ctr")] {
-        let (from, to) = (
-            format!("{from}/{program_}"),
-            format!("{}:{at}/{name}", node.name),
-        );
-        let copied = program("docker", &["cp", &from, &to])?.output()?;
-        ensure!(copied.status.success(), "{copied:?}");
+    for (program, name) in [("containerd", "other-containerd"), ("ctr", "ctr")] {
+        node.put(&format!("{from}/{program}"), &format!("{at}/{name}"))?;
     }
     let said = node.shell(SCRIPT, &[&at, version, runtimes, images])?;
     ensure!(said == EXPECTED, "containerd {release}:\n{said}");
