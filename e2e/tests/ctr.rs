@@ -101,6 +101,31 @@ cat $at/seen
 on containers delete sock-ctr-hooks
 "#;
 
+/// `$1`: the runtime. What is counted of a container that has computed, waited for its share of a processor, and read a file: the
+/// name of each value that is not zero, and those that are limits with their values. The kernel alone decides about some: what
+/// is not yet written back, which list a page is on, who is charged for a page of a shared program.
+const STATISTICS: &str = r#"
+set -u
+id=sock-ctr-statistics
+on() { timeout 30 ctr -n k8s.io "$@" </dev/null 2>/dev/null; }
+on run --detach --runtime "$1" --memory-limit 50000000 --cpu-quota 50000 --cpu-period 100000 docker.io/library/busybox:1.36 $id sh -c '
+(while :; do :; done) & busy=$!
+head -c 8000000 /dev/zero >/file
+for try in $(seq 60); do cat /file /file /file >/dev/null; sleep 0.01; done
+kill $busy
+touch /tmp/ready; sleep 600'
+for try in $(seq 300); do on task exec --exec-id ready$try $id test -e /tmp/ready && break; sleep 0.1; done
+on task metrics --format json $id | jq -r '
+  paths(scalars) as $path
+  | ($path | map(if type == "number" then "each" else . end) | join(".")) as $name
+  | select($name | test("dirty|writeback|mapped_file|maj_fault|active_|unevictable|huge|failcnt") | not)
+  | if ($name | test("limit")) then "\($name) \(getpath($path))" else $name end' | sort -u
+on task kill --signal KILL $id
+for try in $(seq 50); do on task ls | grep -q "$id.*STOPPED" && break; sleep 0.1; done
+on task delete $id >/dev/null
+on container delete $id
+"#;
+
 /// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.
 const CYCLES: &str = r#"
 set -eu
@@ -160,6 +185,22 @@ fn what_ctr_starts_is_as_with_runc() -> Result<()> {
             "{case}\n=== runc\n{expected}\n=== sock\n{got}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn what_is_counted_of_a_container_is_as_with_runc() -> Result<()> {
+    let node = worker()?;
+    let [runc, sock] = [RUNC, SOCK].map(|runtime| node.shell(STATISTICS, &[runtime]));
+    let (runc, sock) = (runc?, sock?);
+    for part in [
+        "cpu.usage.user\n",
+        "cpu.throttling.throttled_time\n",
+        "memory.usage.limit 49999872\n",
+    ] {
+        ensure!(runc.contains(part), "{part} is not in {runc}");
+    }
+    ensure!(runc == sock, "=== runc\n{runc}\n=== sock\n{sock}");
     Ok(())
 }
 

@@ -18,6 +18,7 @@ pub mod reexec;
 pub mod role;
 pub mod serve;
 pub mod service;
+pub mod statistics;
 pub mod status;
 pub mod stdio;
 pub mod task;

@@ -752,6 +752,12 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Whether the cgroup is no more, as a scope is when its last process has ended.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        self.main().is_none_or(|directory| !directory.exists())
+    }
+
     /// Whether this cgroup or the one above it, of its pod, has a limit of memory.
     #[must_use]
     pub fn is_memory_limited(&self) -> bool {

@@ -10,9 +10,9 @@ use containerd_shim::api::{
 use containerd_shim::protos::types::task::ProcessInfo;
 
 use super::{Failure, timestamp};
-use crate::events::any;
 use crate::pod::Pod;
 use crate::process::Phase;
+use crate::statistics;
 
 pub(super) async fn state(pod: Rc<Pod>, request: StateRequest) -> Result<StateResponse, Failure> {
     let container = pod.container(&request.id)?;
@@ -97,20 +97,17 @@ pub(super) async fn stats(pod: Rc<Pod>, request: StatsRequest) -> Result<StatsRe
             request.id
         )));
     }
-    let failed = |e: containerd_shim::Error| {
-        Failure::unknown(format!("statistics of container {}: {e}", request.id))
-    };
-    let cgroup =
-        containerd_shim::cgroup::get_cgroup(process.pid().unsigned_abs()).map_err(failed)?;
-    let metrics = if pod.hierarchies()?.unified() {
-        let metrics = containerd_shim::cgroup::collect_metrics_v2(&cgroup).map_err(failed)?;
-        any("io.containerd.cgroups.v2", &metrics)
-    } else {
-        let metrics = containerd_shim::cgroup::collect_metrics(&cgroup).map_err(failed)?;
-        any("io.containerd.cgroups.v1", &metrics)
-    };
+    let ended = || Failure::not_found(format!("container {} has ended", request.id));
+    let cgroup = container.cgroup.borrow().clone().ok_or_else(ended)?;
+    let statistics = statistics::of(&cgroup).map_err(|error| {
+        Failure::unknown(format!("statistics of container {}: {error}", request.id))
+    })?;
+    // All files of one that systemd has removed meanwhile count as zeros.
+    if cgroup.is_removed() {
+        return Err(ended());
+    }
     let mut response = StatsResponse::new();
-    response.set_stats(metrics.map_err(|error| failed(error.into()))?);
+    response.set_stats(statistics);
     Ok(response)
 }
 
