@@ -124,57 +124,61 @@ impl Table {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
 
     /// A directory with files as the kernel writes them, and nothing else.
-    pub(crate) fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let directory = tempfile::tempdir().unwrap();
+    pub(super) fn directory(files: &[(&str, &str)]) -> std::io::Result<tempfile::TempDir> {
+        let directory = tempfile::tempdir()?;
         for (name, text) in files {
-            fs::write(directory.path().join(name), text).unwrap();
+            fs::write(directory.path().join(name), text)?;
         }
-        directory
+        Ok(directory)
     }
 
-    fn files(files: &[(&str, &str)]) -> (tempfile::TempDir, Files) {
-        let directory = directory(files);
+    /// The same as [`Files`].
+    pub(super) fn files(files: &[(&str, &str)]) -> std::io::Result<(tempfile::TempDir, Files)> {
+        let directory = directory(files)?;
         let files = Files(Some(directory.path().to_owned()));
-        (directory, files)
+        Ok((directory, files))
     }
 
     #[test]
-    fn a_limit_that_is_none_is_what_the_message_has_for_it() {
-        let (_directory, files) = files(&[("pids.max", "max\n"), ("pids.current", "3\n")]);
+    fn a_limit_that_is_none_is_what_the_message_has_for_it() -> std::io::Result<()> {
+        let (_directory, files) = files(&[("pids.max", "max\n"), ("pids.current", "3\n")])?;
         assert_eq!(files.number("pids.max", u64::MAX), u64::MAX);
         assert_eq!(files.number("pids.max", 0), 0);
         assert_eq!(files.number("pids.current", 0), 3);
         assert_eq!(files.number("pids.peak", u64::MAX), 0);
         assert_eq!(Files(None).number("pids.current", u64::MAX), 0);
+        Ok(())
     }
 
     #[test]
-    fn sizes_of_huge_pages_are_those_of_either_version() {
+    fn sizes_of_huge_pages_are_those_of_either_version() -> std::io::Result<()> {
         let (_directory, files) = files(&[
             ("hugetlb.2MB.usage_in_bytes", "0\n"),
             ("hugetlb.2MB.limit_in_bytes", "0\n"),
             ("hugetlb.1GB.current", "0\n"),
             ("hugetlb.1GB.rsvd.current", "0\n"),
             ("memory.current", "0\n"),
-        ]);
+        ])?;
         assert_eq!(files.sizes_of_huge_pages(), ["1GB", "2MB"]);
         assert!(Files(None).sizes_of_huge_pages().is_empty());
+        Ok(())
     }
 
     #[test]
-    fn rdma_is_counted_by_device() {
+    fn rdma_is_counted_by_device() -> std::io::Result<()> {
         let (_directory, files) = files(&[(
             "rdma.max",
             "mlx4_0 hca_handle=2 hca_object=2000\nocrdma1 hca_handle=3 hca_object=max\ngarbage\n",
-        )]);
+        )])?;
         let entries = files.rdma("rdma.max", |device, handles, objects| {
             (device, handles, objects)
         });
         let expected = [("mlx4_0", 2, 2000), ("ocrdma1", 3, u32::MAX)];
         assert_eq!(entries, expected.map(|(d, h, o)| (d.to_owned(), h, o)));
+        Ok(())
     }
 }

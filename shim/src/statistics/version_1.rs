@@ -239,26 +239,20 @@ fn block_devices(partitions: &str) -> HashMap<(u64, u64), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::directory;
+    use super::super::tests::{directory, files};
     use super::*;
 
-    fn files(of: &[(&str, &str)]) -> (tempfile::TempDir, Files) {
-        let directory = directory(of);
-        let files = Files(Some(directory.path().to_owned()));
-        (directory, files)
-    }
-
     #[test]
-    fn processor_time_is_in_nanoseconds() {
+    fn processor_time_is_in_nanoseconds() -> std::io::Result<()> {
         let (_accounting, accounting) = files(&[
             ("cpuacct.usage", "12891712\n"),
             ("cpuacct.stat", "user 3\nsystem 1\n"),
             ("cpuacct.usage_percpu", "3409800 9481912 \n"),
-        ]);
+        ])?;
         let (_scheduler, scheduler) = files(&[(
             "cpu.stat",
             "nr_periods 5\nnr_throttled 2\nthrottled_time 123456\n",
-        )]);
+        )])?;
         let stat = cpu(&accounting, &scheduler);
         assert_eq!(stat.usage.total, 12_891_712);
         assert_eq!(stat.usage.per_cpu, [3_409_800, 9_481_912]);
@@ -270,10 +264,11 @@ mod tests {
             (stat.throttling.periods, stat.throttling.throttled_periods),
             (5, 2)
         );
+        Ok(())
     }
 
     #[test]
-    fn memory_has_its_limits_and_its_peaks() {
+    fn memory_has_its_limits_and_its_peaks() -> std::io::Result<()> {
         let (_directory, files) = files(&[
             ("memory.limit_in_bytes", "49999872\n"),
             ("memory.usage_in_bytes", "307200\n"),
@@ -289,7 +284,7 @@ mod tests {
                 "memory.oom_control",
                 "oom_kill_disable 0\nunder_oom 1\noom_kill 2\n",
             ),
-        ]);
+        ])?;
         let stat = memory_stat(&files);
         assert_eq!(
             (
@@ -315,16 +310,18 @@ mod tests {
             ),
             (0, 1, 2)
         );
+        Ok(())
     }
 
     #[test]
-    fn block_input_and_output_is_what_the_scheduler_counts_or_else_the_throttling() {
+    fn block_input_and_output_is_what_the_scheduler_counts_or_else_the_throttling()
+    -> std::io::Result<()> {
         let throttled = "8:0 Read 4096\n8:0 Write 512\n8:0 Total 4608\nTotal 4608\n";
         let (_one, one) = files(&[
             ("blkio.throttle.io_service_bytes_recursive", throttled),
             ("blkio.bfq.io_service_bytes_recursive", "Total 0\n"),
             ("blkio.bfq.time_recursive", "8:16 77\n"),
-        ]);
+        ])?;
         let stat = block_io(&one);
         let seen: Vec<(&str, u64)> = stat
             .io_service_bytes_recursive
@@ -343,16 +340,24 @@ mod tests {
                 "blkio.bfq.io_service_bytes_recursive",
                 "8:0 Read 1\nTotal 1\n",
             ),
-        ]);
+        ])?;
         assert_eq!(block_io(&two).io_service_bytes_recursive[0].value, 1);
+        Ok(())
     }
 
     #[test]
-    fn devices_have_their_names() {
+    fn devices_have_their_names() -> std::io::Result<()> {
         let partitions = "major minor  #blocks  name\n\n 254        0  268435456 vda\n   7        0       4 loop0\n";
-        let directory = directory(&[("partitions", partitions)]);
-        let devices = block_devices(directory.path().join("partitions").to_str().unwrap());
+        let directory = directory(&[("partitions", partitions)])?;
+        let devices = block_devices(
+            directory
+                .path()
+                .join("partitions")
+                .to_str()
+                .unwrap_or_default(),
+        );
         assert_eq!(devices[&(254, 0)], "/dev/vda");
         assert_eq!(devices.len(), 2);
+        Ok(())
     }
 }

@@ -198,12 +198,12 @@ fn pressure(text: &str) -> Option<PSIStats> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::directory;
+    use super::super::tests::files;
     use super::*;
 
     #[test]
-    fn everything_is_read_from_the_files_of_the_kernel() {
-        let directory = directory(&[
+    fn everything_is_read_from_the_files_of_the_kernel() -> std::io::Result<()> {
+        let (_directory, files) = files(&[
             ("pids.current", "4\n"),
             ("pids.max", "max\n"),
             (
@@ -234,8 +234,8 @@ mod tests {
             ("hugetlb.2MB.current", "0\n"),
             ("hugetlb.2MB.max", "max\n"),
             ("hugetlb.2MB.events", "max 6\n"),
-        ]);
-        let metrics = of(&Files(Some(directory.path().to_owned())));
+        ])?;
+        let metrics = of(&files);
         assert_eq!((metrics.pids.current, metrics.pids.limit), (4, UNLIMITED));
         assert_eq!(
             (metrics.cpu.usage_usec, metrics.cpu.throttled_usec),
@@ -275,5 +275,6 @@ mod tests {
             panic!("{:?}", metrics.hugetlb)
         };
         assert_eq!((huge.max, huge.failcnt), (UNLIMITED, 6));
+        Ok(())
     }
 }
