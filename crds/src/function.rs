@@ -45,7 +45,9 @@ use crate::package_set::NodeFailure;
     validation = Rule::new("!has(self.source.inline) || self.handler.matches('^[^.]+[.][^.]+$')")
         .message(Message::Expression("'handler: ' + self.handler + ' names a module in a package, which inline code cannot have: use MODULE.FUNCTION'".into())),
     validation = Rule::new("!has(self.idle) || self.idle.freezeAfterMs <= self.idle.endAfterMs")
-        .message("idle.freezeAfterMs: must not be more than idle.endAfterMs")
+        .message("idle.freezeAfterMs: must not be more than idle.endAfterMs"),
+    validation = Rule::new("!has(self.idle) || self.idle.policy != 'Learned' || self.reuse != 'Never'")
+        .message("idle.policy: Learned has nothing to learn of leaves that serve one request each (reuse: Never): leave it out")
 )]
 pub struct FunctionSpec {
     /// Name of the PackageSet, in the same namespace, that it runs on.
@@ -157,6 +159,28 @@ pub struct Idle {
     /// Milliseconds until it is ended: it uses no memory, and the next request forks.
     #[schemars(range(min = 10, max = 86_400_000))]
     pub end_after_ms: i32,
+    /// Whether `endAfterMs` is for ever, or until enough is known of the times between requests.
+    pub policy: IdlePolicy,
+}
+
+/// How long a leaf that has nothing to do is kept.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+pub enum IdlePolicy {
+    /// Always as long.
+    #[default]
+    Fixed,
+    /// As long as the times between requests so far make the next one likely, and made again ahead of it after a longer pause.
+    Learned,
+}
+
+impl IdlePolicy {
+    /// The word as users write it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Fixed => "Fixed",
+            Self::Learned => "Learned",
+        }
+    }
 }
 
 impl Default for Idle {
@@ -164,6 +188,7 @@ impl Default for Idle {
         Self {
             freeze_after_ms: 1000,
             end_after_ms: 60_000,
+            policy: IdlePolicy::default(),
         }
     }
 }

@@ -9,7 +9,9 @@ mod function;
 mod package_set;
 
 pub use fields::{Condition, Resources};
-pub use function::{ConfigMapSource, Function, FunctionSpec, FunctionStatus, Idle, Reuse, Source};
+pub use function::{
+    ConfigMapSource, Function, FunctionSpec, FunctionStatus, Idle, IdlePolicy, Reuse, Source,
+};
 pub use package_set::{
     Ancestor, ConfigMapKeyRef, Extends, Index, NodeFailure, PackageSet, PackageSetSpec,
     PackageSetStatus, Requirements, SecretRef,

@@ -262,6 +262,41 @@ fn an_idle_pod_holds_no_interpreter_and_a_request_forks_the_zygote() {
     });
 }
 
+/// Answers with how long ago the handler was imported, in seconds.
+const AGE: &str = "
+import time
+
+IMPORTED = time.monotonic()
+
+def handler(event, context):
+    return str(time.monotonic() - IMPORTED)
+";
+
+#[test]
+fn a_leaf_is_made_ahead_of_requests_that_come_regularly() {
+    in_namespace("learned", |namespace| {
+        let fields =
+            json!({"idle": {"freezeAfterMs": 200, "endAfterMs": 60000, "policy": "Learned"}});
+        let mut served = Served::new(namespace, AGE, &fields)?;
+        // In the middle of a bin of the histogram: a request that is late by half a second is in it too.
+        const PERIOD: Duration = Duration::from_millis(4_300);
+        let mut ages = Vec::new();
+        for _ in 0..14 {
+            let age: f64 = served.get("/")?.parse()?;
+            ages.push(age);
+            std::thread::sleep(PERIOD);
+        }
+        // At first one leaf serves all. Once enough is known it is ended, and another made a while before the next request.
+        ensure!(ages[5] > 20.0, "the first leaf is not kept: {ages:?}");
+        let ahead = |age: &&f64| (0.3..4.0).contains(*age);
+        ensure!(
+            ages[10..].iter().filter(ahead).count() >= 2,
+            "no leaf is made ahead: {ages:?}"
+        );
+        served.until_idle()
+    });
+}
+
 #[test]
 fn a_keep_alive_client_stays_connected_while_its_leaf_is_frozen_or_gone() {
     in_namespace("parked", |namespace| {

@@ -135,6 +135,14 @@ fn the_api_server_refuses_what_cannot_work_with_field_value_and_remedy() {
                 &["idle.freezeAfterMs", "idle.endAfterMs"],
             ),
             (
+                function(&json!({"reuse": "Never", "idle": {"policy": "Learned"}})),
+                &["idle.policy: Learned", "reuse: Never", "leave it out"],
+            ),
+            (
+                function(&json!({"idle": {"policy": "Learnt"}})),
+                &["idle.policy", "Learnt", "Fixed", "Learned"],
+            ),
+            (
                 named(function(&json!({})), "1st"),
                 &["metadata.name: 1st must begin with a letter"],
             ),

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use sock_shim::activation::decide::{Action, Conn, Dispatcher, Input, Leaf, Reuse, Rules};
+use sock_shim::activation::decide::{Action, Conn, Dispatcher, IdlePolicy, Input, Leaf, Reuse, Rules};
 
 /// The shim around the state machine, as far as its promises go: a leaf that is killed ends, a connection is offered once.
 struct Shim {
@@ -74,6 +74,11 @@ fuzz_target!(|input: &[u8]| {
         ready_within: Duration::from_secs(30),
         freeze_after: Duration::from_secs(1),
         end_after: Duration::from_secs(60),
+        idle_policy: if instances & 16 == 0 {
+            IdlePolicy::Fixed
+        } else {
+            IdlePolicy::Learned
+        },
         park_after: Duration::from_millis(200),
     };
     let mut shim = Shim {

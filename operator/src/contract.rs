@@ -77,6 +77,7 @@ pub mod annotation {
     pub const INSTANCES: &str = "sock.dev/instances";
     pub const FREEZE_AFTER_MS: &str = "sock.dev/freeze-after-ms";
     pub const END_AFTER_MS: &str = "sock.dev/end-after-ms";
+    pub const IDLE_POLICY: &str = "sock.dev/idle-policy";
     /// Digest of a ConfigMap's files: a change of them replaces the pods. The shim does not read it.
     pub const SOURCE: &str = "sock.dev/source";
 }

@@ -221,6 +221,8 @@ impl Service {
             let pod = Rc::new(Pod::new(Events::new(address, namespace), exit));
             pod.clone().reap_orphans();
             tokio::task::spawn_local(pod.clone().until_abandoned());
+            // The first call is still on its way, and would read them.
+            let _ = pod.hierarchies();
             let mut first = true;
             while let Some(job) = queue.recv().await {
                 let job: crate::task::Job = job;

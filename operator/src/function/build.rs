@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
-use sock_crds::Function;
+use sock_crds::{Function, IdlePolicy};
 
 use super::validate::{Code, Placement, Verdict};
 use crate::contract::{
@@ -143,6 +143,13 @@ fn annotations(
     ]
     .map(|(key, value)| (key.to_owned(), value))
     .into();
+    // What everybody has is not said: that a later operator knows of it would replace every pod.
+    if spec.idle.policy != IdlePolicy::default() {
+        annotations.insert(
+            annotation::IDLE_POLICY.to_owned(),
+            spec.idle.policy.word().to_owned(),
+        );
+    }
     // Inline code changes the name of its ConfigMap, and so the template.
     annotations.extend(placement.version.ancestors_annotation());
     if let Code::ConfigMap { digest, .. } = code {

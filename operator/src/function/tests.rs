@@ -121,6 +121,23 @@ async fn what_belongs_to_a_function_is_applied() {
     );
 }
 
+/// Pods of Functions that leave it as it is must not be replaced by an operator that is the first to know of it.
+#[tokio::test]
+async fn an_idle_policy_is_told_to_the_shim_where_it_is_not_the_usual() {
+    let server = server();
+    for (policy, told) in [("Fixed", Value::Null), ("Learned", json!("Learned"))] {
+        let mut function = crate::tests::function("hello");
+        function["spec"]["idle"] = json!({ "policy": policy });
+        server.put(function);
+        reconciled(&server).await;
+        let template = server.get("deployments", "hello").unwrap()["spec"]["template"].clone();
+        assert_eq!(
+            template["metadata"]["annotations"]["sock.dev/idle-policy"],
+            told
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_missing_package_set_is_said_and_nothing_is_started() {
     let server = server();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sock_zygote_protocol::LeafSetup;
 
-use super::decide::{Reuse, Rules};
+use super::decide::{IdlePolicy, Reuse, Rules};
 
 const PREFIX: &str = "sock.dev/";
 /// Connections that wait while every leaf is busy.
@@ -162,8 +162,10 @@ pub struct FunctionConfig {
     pub instances: usize,
     /// An idle leaf is frozen after this.
     pub freeze_after: Duration,
-    /// An idle leaf is ended after this.
+    /// An idle leaf is ended after this, unless something else was learned.
     pub end_after: Duration,
+    /// Whether anything is learned.
+    pub idle_policy: IdlePolicy,
 }
 
 impl FunctionConfig {
@@ -247,6 +249,11 @@ impl FunctionConfig {
             )?,
             freeze_after: millis("freeze-after-ms", get("freeze-after-ms"), 1_000)?,
             end_after: millis("end-after-ms", get("end-after-ms"), 60_000)?,
+            idle_policy: match get("idle-policy") {
+                None | Some("Fixed") => IdlePolicy::Fixed,
+                Some("Learned") => IdlePolicy::Learned,
+                Some(other) => return Err(invalid("idle-policy", other, "give Fixed or Learned")),
+            },
         }))
     }
 
@@ -262,6 +269,7 @@ impl FunctionConfig {
             ready_within: READY_WITHIN,
             freeze_after: self.freeze_after,
             end_after: self.end_after,
+            idle_policy: self.idle_policy,
             park_after: PARK_AFTER,
         }
     }
@@ -401,6 +409,7 @@ mod tests {
                 instances: 8,
                 freeze_after: Duration::from_secs(1),
                 end_after: Duration::from_secs(60),
+                idle_policy: IdlePolicy::Fixed,
             }
         );
     }
@@ -478,7 +487,7 @@ mod tests {
         );
     }
 
-    const NAMES: [&str; 20] = [
+    const NAMES: [&str; 21] = [
         "tenant",
         "package-set",
         "lock",
@@ -499,6 +508,7 @@ mod tests {
         "instances",
         "freeze-after-ms",
         "end-after-ms",
+        "idle-policy",
     ];
 
     #[test]

@@ -8,6 +8,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::keeping::Keeping;
+
+pub use super::keeping::IdlePolicy;
+
 /// How long a leaf may take to give back a connection that it has answered on, beyond the time after
 /// which it parks by itself. One that is silent for longer serves nobody.
 const BETWEEN_REQUESTS: Duration = Duration::from_secs(10);
@@ -56,8 +60,10 @@ pub struct Rules {
     pub ready_within: Duration,
     /// An idle leaf is frozen after this.
     pub freeze_after: Duration,
-    /// An idle leaf is ended after this.
+    /// An idle leaf is ended after this, unless something else was learned.
     pub end_after: Duration,
+    /// See [`IdlePolicy`]. A leaf that serves one request has no idle time to learn of.
+    pub idle_policy: IdlePolicy,
     /// The leaf gives an idle connection back by itself after this.
     pub park_after: Duration,
 }
@@ -214,6 +220,8 @@ struct LeafState {
     /// Has seen a request.
     used: bool,
     idle_since: Instant,
+    /// It was made, or kept, for a request that is expected until then.
+    kept_until: Option<Instant>,
     frozen: bool,
 }
 
@@ -229,6 +237,7 @@ pub struct Dispatcher {
     quick_start: bool,
     failures: u32,
     no_fork_before: Option<Instant>,
+    keeping: Keeping,
     draining: bool,
     stop: Option<Instant>,
 }
@@ -237,7 +246,12 @@ impl Dispatcher {
     /// Without leaves and connections.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
+        let policy = match rules.reuse {
+            Reuse::Always => rules.idle_policy,
+            Reuse::Never => IdlePolicy::Fixed,
+        };
         Dispatcher {
+            keeping: Keeping::new(policy, rules.freeze_after, rules.end_after),
             rules,
             leaves: BTreeMap::new(),
             idle: Vec::new(),
@@ -257,7 +271,7 @@ impl Dispatcher {
         match input {
             Input::Wanted => {
                 if self.leaves.is_empty() && !self.draining {
-                    self.fork(now, &mut actions);
+                    self.fork(now, None, &mut actions);
                 }
             }
             Input::Readable(conn) => self.queue.push_back(Waiting {
@@ -290,6 +304,10 @@ impl Dispatcher {
         }
         self.expire(now, &mut actions);
         self.settle(now, &mut actions);
+        if self.keeping.learns() {
+            self.keeping.note(now, self.is_busy());
+            self.look_ahead(now, &mut actions);
+        }
         actions
     }
 
@@ -300,14 +318,11 @@ impl Dispatcher {
         let of_leaves = self.leaves.values().flat_map(|leaf| {
             let of_stage = match leaf.stage {
                 Stage::Starting { deadline, .. } | Stage::Leaving { deadline } => Some(deadline),
-                Stage::Ready if leaf.held.is_none() => Some(
-                    leaf.idle_since
-                        + if leaf.frozen {
-                            rules.end_after
-                        } else {
-                            rules.freeze_after.min(rules.end_after)
-                        },
-                ),
+                Stage::Ready if leaf.held.is_none() => {
+                    let end = self.keeping.end(leaf.idle_since, leaf.kept_until);
+                    let freeze = leaf.idle_since + rules.freeze_after;
+                    Some(if leaf.frozen { end } else { freeze.min(end) })
+                }
                 Stage::Ready | Stage::Dying { .. } => None,
             };
             let of_request = match leaf.stage {
@@ -330,6 +345,7 @@ impl Dispatcher {
             .chain(of_queue)
             .chain(of_stop)
             .chain(of_pause)
+            .chain(self.keeping.next())
             .min()
     }
 
@@ -356,6 +372,32 @@ impl Dispatcher {
         self.leaves.is_empty() && self.queue.is_empty()
     }
 
+    /// Whether a request is under way, or waits.
+    fn is_busy(&self) -> bool {
+        let of_leaf = |held: Held| !matches!(held.request, Request::Between { .. });
+        !self.queue.is_empty()
+            || self
+                .leaves
+                .values()
+                .any(|leaf| leaf.held.is_some_and(of_leaf))
+    }
+
+    /// Has a leaf there for a request that is expected.
+    fn look_ahead(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        let Some(until) = self.keeping.due(now) else {
+            return;
+        };
+        let last = self.idle.last().and_then(|leaf| self.leaves.get_mut(leaf));
+        if let Some(idle) = last {
+            idle.kept_until = Some(until);
+        } else if self.leaves.len() < self.rules.instances
+            && self.no_fork_before.is_none()
+            && self.census().starting == 0
+        {
+            self.fork(now, Some(until), actions);
+        }
+    }
+
     fn stage_mut(&mut self, leaf: Leaf) -> Option<&mut Stage> {
         self.leaves.get_mut(&leaf).map(|state| &mut state.stage)
     }
@@ -372,6 +414,7 @@ impl Dispatcher {
     /// A leaf that is not ready yet is told when it is, which is soon enough: it reads no request before.
     fn drain(&mut self, actions: &mut Vec<Action>) {
         if !std::mem::replace(&mut self.draining, true) {
+            self.keeping.stop();
             let ready = self
                 .leaves
                 .iter()
@@ -584,7 +627,7 @@ impl Dispatcher {
                 self.kill(leaf, Answer::Crashed, actions);
             }
             Stage::Ready if state.held.is_none() => {
-                if state.idle_since + self.rules.end_after <= now {
+                if self.keeping.end(state.idle_since, state.kept_until) <= now {
                     self.end(now, leaf, actions);
                 } else if !state.frozen && state.idle_since + self.rules.freeze_after <= now {
                     state.frozen = true;
@@ -648,7 +691,7 @@ impl Dispatcher {
             && starting < self.rules.forks_at_once
             && self.leaves.len() < self.rules.instances
         {
-            self.fork(now, actions);
+            self.fork(now, None, actions);
             starting += 1;
             unserved -= 1;
         }
@@ -723,6 +766,7 @@ impl Dispatcher {
         let request = Request::Handed {
             deadline: now + self.rules.timeout,
         };
+        state.kept_until = None;
         state.held = Some(Held {
             waited: waiting,
             request,
@@ -731,7 +775,7 @@ impl Dispatcher {
         actions.push(Action::HandOver(waiting.conn, leaf));
     }
 
-    fn fork(&mut self, now: Instant, actions: &mut Vec<Action>) {
+    fn fork(&mut self, now: Instant, kept_until: Option<Instant>, actions: &mut Vec<Action>) {
         let leaf = Leaf(self.next_leaf);
         self.next_leaf += 1;
         let stage = Stage::Starting {
@@ -744,6 +788,7 @@ impl Dispatcher {
             started: false,
             used: false,
             idle_since: now,
+            kept_until,
             frozen: false,
         };
         self.leaves.insert(leaf, state);

@@ -13,6 +13,7 @@ pub mod connections;
 pub mod decide;
 mod driver;
 mod end;
+mod keeping;
 mod leaf;
 pub mod listener;
 pub mod output;

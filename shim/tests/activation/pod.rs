@@ -12,7 +12,7 @@ use rustix::process::{
     Pid, Resource, Rlimit, Signal, WaitOptions, getrlimit, kill_process_group, set_child_subreaper,
     setrlimit, waitpgid,
 };
-use sock_shim::activation::decide::Reuse;
+use sock_shim::activation::decide::{IdlePolicy, Reuse};
 use sock_shim::activation::zygotes::ForkError;
 use sock_shim::activation::{
     Activation, Forked, FunctionConfig, Interpreter, LeafCgroup, LeafCgroups, Local, Output,
@@ -93,6 +93,7 @@ impl Pod {
                 instances: 4,
                 freeze_after: Duration::from_secs(1),
                 end_after: Duration::from_secs(60),
+                idle_policy: IdlePolicy::Fixed,
             },
             pool_within: Duration::from_secs(5),
             setup: setup(),

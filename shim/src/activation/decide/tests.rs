@@ -17,6 +17,7 @@ fn rules() -> Rules {
         ready_within: 30 * SECOND,
         freeze_after: SECOND,
         end_after: 60 * SECOND,
+        idle_policy: IdlePolicy::Fixed,
         park_after: 100 * MILLI,
     }
 }
@@ -186,6 +187,160 @@ fn an_idle_leaf_is_frozen_then_thawed_for_a_request_and_ended_at_last() {
     assert_eq!(bench.say(ended(leaf)), []);
     assert!(bench.dispatcher.is_empty());
     assert_eq!(bench.dispatcher.next_deadline(), None);
+}
+
+fn learned() -> Rules {
+    Rules {
+        idle_policy: IdlePolicy::Learned,
+        ..rules()
+    }
+}
+
+impl Bench {
+    /// Lets time pass tick by tick, as the driver does, each leaf doing at once what it is told. Yields what was to be done
+    /// and when, in milliseconds from here.
+    fn pass(&mut self, time: Duration) -> Vec<(u128, Action)> {
+        let (begin, end) = (self.now, self.now + time);
+        let mut done = Vec::new();
+        while let Some(next) = self.dispatcher.next_deadline().filter(|next| *next <= end) {
+            self.now = self.now.max(next);
+            let mut todo: VecDeque<Action> = self.say(Input::Tick).into();
+            while let Some(action) = todo.pop_front() {
+                done.push((self.now.duration_since(begin).as_millis(), action));
+                todo.extend(match action {
+                    Action::Fork(leaf) => {
+                        self.say(Input::There(leaf));
+                        self.say(Input::Ready(leaf))
+                    }
+                    Action::End(leaf) => self.say(ended(leaf)),
+                    _ => Vec::new(),
+                });
+            }
+        }
+        self.now = end;
+        done
+    }
+
+    /// One request at this moment, which takes none of the time. Yields whether a leaf was there.
+    fn request(&mut self, conn: Conn) -> bool {
+        let mut actions = self.say(Input::Readable(conn));
+        let cold = match actions[..] {
+            [Action::Fork(leaf)] => Some(leaf),
+            _ => None,
+        };
+        if let Some(leaf) = cold {
+            actions = self.say(Input::There(leaf));
+            actions.extend(self.say(Input::Ready(leaf)));
+        }
+        let Some(Action::HandOver(_, leaf)) = actions.last().copied() else {
+            panic!("{actions:?}");
+        };
+        for input in [Input::Began(leaf, conn), Input::Done(leaf, conn)] {
+            self.say(input);
+        }
+        assert_eq!(self.say(Input::Closed(leaf, conn)), [Action::Close(conn)]);
+        cold.is_none()
+    }
+}
+
+#[test]
+fn a_leaf_is_made_ahead_of_the_request_that_is_expected_and_not_kept_until_then() {
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    // Known by now.
+    bench.request(A);
+    let done = bench.pass(599 * SECOND);
+    let [
+        (ended, Action::End(_)),
+        (made, Action::Fork(ahead)),
+        (frozen, Action::Freeze(_)),
+    ] = done[..]
+    else {
+        panic!("{done:?}");
+    };
+    assert_eq!((ended, frozen), (1_000, made + 1_000));
+    assert!((300_000..600_000).contains(&made), "{done:?}");
+    bench.now += SECOND;
+    assert_eq!(
+        bench.say(Input::Readable(B)),
+        [Action::Thaw(ahead), Action::HandOver(B, ahead)]
+    );
+}
+
+#[test]
+fn a_leaf_that_was_made_in_vain_ends_and_is_the_last() {
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    bench.request(A);
+    let done = bench.pass(24 * 3600 * SECOND);
+    let forks = done.iter().filter(|(_, a)| matches!(a, Action::Fork(_)));
+    let ends = done.iter().filter(|(_, a)| matches!(a, Action::End(_)));
+    assert_eq!((forks.count(), ends.count()), (1, 2), "{done:?}");
+    assert!(bench.dispatcher.is_empty());
+    assert_eq!(bench.dispatcher.next_deadline(), None);
+}
+
+#[test]
+fn requests_that_come_soon_keep_their_leaf_and_give_it_up_sooner() {
+    let mut bench = Bench::new(learned());
+    bench.request(A);
+    for n in 0..60 {
+        // Some come at once, and none after more than three seconds.
+        bench.pass(50 * MILLI * (1 + u32::try_from(n * n % 60).expect("small")));
+        assert!(bench.request(Conn(10 + n)), "after {n} requests");
+    }
+    let done = bench.pass(60 * SECOND);
+    let [
+        (1_000, Action::Freeze(_)),
+        (thawed, Action::Thaw(_)),
+        (_, Action::End(_)),
+    ] = done[..]
+    else {
+        panic!("{done:?}");
+    };
+    assert!((2_500..10_000).contains(&thawed), "{done:?}");
+}
+
+#[test]
+fn what_is_not_known_is_kept_as_long_as_is_said() {
+    let mut bench = Bench::new(learned());
+    bench.request(A);
+    let done = bench.pass(100 * SECOND);
+    assert_eq!(done.last().map(|(at, _)| *at), Some(60_000), "{done:?}");
+}
+
+#[test]
+fn nobody_looks_ahead_while_the_pod_stops_or_handlers_fail() {
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    bench.request(A);
+    bench.pass(2 * SECOND);
+    bench.say(Input::Drain);
+    assert_eq!(bench.pass(3600 * SECOND), []);
+
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    bench.request(A);
+    bench.pass(2 * SECOND);
+    let next = bench.dispatcher.next_deadline().expect("one is made ahead");
+    bench.now = next;
+    let [Action::Fork(leaf)] = bench.say(Input::Tick)[..] else {
+        panic!("nothing is made ahead");
+    };
+    assert_eq!(bench.say(ended(leaf)), [], "it could not be started");
+    assert_eq!(bench.pass(24 * 3600 * SECOND), [], "and is not tried again");
 }
 
 #[test]
@@ -763,15 +918,25 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn worlds() -> impl Strategy<Value = Rules> {
-    (1..5usize, 1..4usize, 0..6usize, any::<bool>()).prop_map(
-        |(instances, forks_at_once, queue, reuse)| Rules {
+    (
+        1..5usize,
+        1..4usize,
+        0..6usize,
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(instances, forks_at_once, queue, reuse, learned)| Rules {
             instances,
             forks_at_once,
             queue,
             reuse: if reuse { Reuse::Always } else { Reuse::Never },
+            idle_policy: if learned {
+                IdlePolicy::Learned
+            } else {
+                IdlePolicy::Fixed
+            },
             ..rules()
-        },
-    )
+        })
 }
 
 proptest! {

@@ -1,0 +1,105 @@
+//! How long a leaf that has nothing to do is kept, and when one is made ahead of the next request.
+
+use std::time::{Duration, Instant};
+
+use sock_policy::{HybridHistogram, Idle as _, Plan};
+
+/// How long an idle leaf is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdlePolicy {
+    /// Always as long.
+    Fixed,
+    /// As the times without requests were so far ([`HybridHistogram`]), and as long as with `Fixed` while they do not say enough.
+    Learned,
+}
+
+/// What is decided for the leaves of one pod. It is told when requests begin and end, and asked when an idle leaf ends.
+#[derive(Debug)]
+pub(super) struct Keeping {
+    /// No leaf is ended before it would be frozen: one that only waits costs little until then.
+    least: Duration,
+    policy: Option<HybridHistogram>,
+    plan: Plan,
+    /// Since when no request is under way; none while one is, and before the first.
+    resting: Option<Instant>,
+    ahead: Option<Ahead>,
+}
+
+/// A leaf for a request that is expected.
+#[derive(Debug, Clone, Copy)]
+struct Ahead {
+    at: Instant,
+    until: Instant,
+}
+
+impl Keeping {
+    pub(super) fn new(policy: IdlePolicy, freeze_after: Duration, end_after: Duration) -> Self {
+        Keeping {
+            least: freeze_after.min(end_after),
+            policy: match policy {
+                IdlePolicy::Fixed => None,
+                IdlePolicy::Learned => Some(HybridHistogram::new(end_after)),
+            },
+            plan: Plan::keep(end_after),
+            resting: None,
+            ahead: None,
+        }
+    }
+
+    /// Whether anything depends on when requests come.
+    pub(super) fn learns(&self) -> bool {
+        self.policy.is_some()
+    }
+
+    /// Takes note of whether requests are under way, or wait.
+    pub(super) fn note(&mut self, now: Instant, busy: bool) {
+        let Some(policy) = &mut self.policy else {
+            return;
+        };
+        if busy {
+            self.ahead = None;
+            if let Some(since) = self.resting.take() {
+                let idle = now.saturating_duration_since(since);
+                policy.observe(sock_policy::Seen::Function(idle));
+                self.plan = policy.plan();
+                // To end a leaf and make another at once would only cost.
+                if self.plan.prewarm.is_some_and(|after| after <= self.least) {
+                    self.plan.prewarm = None;
+                }
+                self.plan.end = self.plan.end.max(self.least);
+            }
+        } else if self.resting.is_none() {
+            self.resting = Some(now);
+            self.ahead = self.plan.prewarm.map(|after| Ahead {
+                at: now + after,
+                until: now + self.plan.end,
+            });
+        }
+    }
+
+    /// When a leaf ends that is idle since then; `until`: how long one is kept that was made ahead.
+    pub(super) fn end(&self, idle_since: Instant, until: Option<Instant>) -> Instant {
+        let kept = match self.plan.prewarm {
+            None => self.plan.end,
+            Some(_) => self.least,
+        };
+        until.unwrap_or(idle_since + kept)
+    }
+
+    /// When a leaf is made ahead.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.ahead.map(|ahead| ahead.at)
+    }
+
+    /// Whether a leaf is to be there now for a request that is expected, and until when. It says so once.
+    pub(super) fn due(&mut self, now: Instant) -> Option<Instant> {
+        let ahead = self.ahead.take_if(|ahead| ahead.at <= now)?;
+        (now < ahead.until).then_some(ahead.until)
+    }
+
+    /// No request is expected any more.
+    pub(super) fn stop(&mut self) {
+        self.policy = None;
+        self.ahead = None;
+    }
+}
