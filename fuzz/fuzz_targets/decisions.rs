@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use sock_shim::activation::decide::{Action, Conn, Dispatcher, IdlePolicy, Input, Leaf, Reuse, Rules};
+use sock_shim::activation::decide::{
+    Action, Conn, Dispatcher, IdlePolicy, Input, Leaf, Reuse, Rules,
+};
 
 /// The shim around the state machine, as far as its promises go: a leaf that is killed ends, a connection is offered once.
 struct Shim {
