@@ -159,7 +159,8 @@ pub struct Idle {
     /// Milliseconds until it is ended: it uses no memory, and the next request forks.
     #[schemars(range(min = 10, max = 86_400_000))]
     pub end_after_ms: i32,
-    /// Whether `endAfterMs` is for ever, or until enough is known of the times between requests.
+    /// Whether `endAfterMs` always holds, or only until enough is known of the times between requests. What is learned can keep a
+    /// leaf longer than `endAfterMs`, end it sooner, though not before `freezeAfterMs`, and make one ahead of a request.
     pub policy: IdlePolicy,
 }
 

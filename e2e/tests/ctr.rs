@@ -108,6 +108,13 @@ const STATISTICS: &str = r#"
 set -u
 id=sock-ctr-statistics
 on() { timeout 30 ctr -n k8s.io "$@" </dev/null 2>/dev/null; }
+clean() {
+  on task kill --signal KILL $id
+  for try in $(seq 50); do on task ls | grep -q "$id.*STOPPED" && break; sleep 0.1; done
+  on task delete $id >/dev/null
+  on container delete $id
+}
+trap clean EXIT
 on run --detach --runtime "$1" --memory-limit 50000000 --cpu-quota 50000 --cpu-period 100000 docker.io/library/busybox:1.36 $id sh -c '
 (while :; do :; done) & busy=$!
 head -c 8000000 /dev/zero >/file
@@ -118,12 +125,8 @@ for try in $(seq 300); do on task exec --exec-id ready$try $id test -e /tmp/read
 on task metrics --format json $id | jq -r '
   paths(scalars) as $path
   | ($path | map(if type == "number" then "each" else . end) | join(".")) as $name
-  | select($name | test("dirty|writeback|mapped_file|maj_fault|active_|unevictable|huge|failcnt") | not)
+  | select($name | test("blkio|dirty|writeback|mapped_file|maj_fault|active_|unevictable|huge|failcnt") | not)
   | if ($name | test("limit")) then "\($name) \(getpath($path))" else $name end' | sort -u
-on task kill --signal KILL $id
-for try in $(seq 50); do on task ls | grep -q "$id.*STOPPED" && break; sleep 0.1; done
-on task delete $id >/dev/null
-on container delete $id
 "#;
 
 /// Create, start, kill and delete, `$1` times, `$2` at once. What a command says is told only of one that fails.

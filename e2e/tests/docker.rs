@@ -32,15 +32,16 @@ until_is() {
   on inspect --format "$2" $3
 }
 clean() {
-  on rm --force one two three four five >/dev/null 2>&1
+  all=$(on ps --all --quiet)
+  [ -z "$all" ] || on rm --force $all >/dev/null
   stop
   ip link delete docker0
   for namespace in moby plugins.moby; do ctr namespaces remove $namespace >/dev/null 2>&1; done
   find /sys/fs/cgroup -depth -type d -path '*/sock-docker*' -exec rmdir {} \; 2>/dev/null
   rm -rf $at/root $at/run $at/docker.sock $at/volume $at/file $at/log $at/image.tar
 }
-start
 trap clean EXIT
+start
 ctr -n k8s.io images export --local $at/image.tar $image 2>/dev/null
 on load --quiet --input $at/image.tar
 
@@ -125,11 +126,18 @@ fn is_as_with_runc(driver: &str) -> Result<()> {
     }
     let said = ["runc", "io.containerd.sock.v1"]
         .map(|runtime| node.shell(SCRIPT, &[&at, runtime, driver]));
-    node.shell("rm -rf \"$1\"", &[&at])?;
+    let left = "rm -rf \"$1\"; ip -brief link show docker0 2>/dev/null; ctr namespaces list 2>/dev/null | grep moby; \
+        pgrep -a dockerd; find /sys/fs/cgroup -path '*sock-docker*'; true";
+    let left = node.shell(left, &[&at])?;
+    ensure!(left.is_empty(), "left on the node: {left}");
     let [runc, sock] = said;
     let (runc, sock) = (runc?, sock?);
     for part in [
         "exec: \"nothing\"",
+        "Seccomp:\t2\n",
+        "Seccomp:\t0\n",
+        "CapBnd:\t0000000000002000\n",
+        "/proc/acpi tmpfs\n",
         "one 2 used of 64MiB\n",
         "for want of memory: true\n",
         "healthy\n",

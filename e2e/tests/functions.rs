@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
     Client, MINUTE, Namespace, Node, Process, in_namespace, kubectl, kubectl_with, manifest, until,
@@ -294,6 +294,69 @@ fn a_leaf_is_made_ahead_of_requests_that_come_regularly() {
             "no leaf is made ahead: {ages:?}"
         );
         served.until_idle()
+    });
+}
+
+/// Keeps so many MiB for ever, or takes them for a moment.
+const HUNGRY: &str = "
+import time
+
+KEPT = []
+
+def handler(event, context):
+    query = event['query']
+    taken = b'x' * (int(query['mib']) << 20)
+    if query.get('keep'):
+        KEPT.append(taken)
+        time.sleep(1)
+    return 'done'
+";
+
+#[test]
+fn what_idle_leaves_hold_is_there_for_those_that_serve() {
+    in_namespace("hungry", |namespace| {
+        let fields = json!({
+            "idle": {"freezeAfterMs": 200, "endAfterMs": 600_000},
+            "resources": {"limits": {"memory": "160Mi"}},
+        });
+        let mut served = Served::new(namespace, HUNGRY, &fields)?;
+        let both = ["one", "other"];
+        for name in both {
+            served.client.open(name, &served.address, 8080)?;
+            served.client.send(name, "/?mib=50&keep=1")?;
+        }
+        for name in both {
+            ensure!(served.client.receive(name)?.text()? == "done");
+        }
+        let frozen = until("two leaves are frozen", MINUTE, || {
+            let leaves = served.interpreters()?;
+            for leaf in &leaves {
+                if !served.node.is_frozen(leaf)? {
+                    return Ok(None);
+                }
+            }
+            Ok((leaves.len() == 2).then_some(leaves))
+        })?;
+        // It has not enough beside the other's. The kernel would take the larger of the two, which serves.
+        ensure!(served.get("/?mib=80")? == "done");
+        let left = served.interpreters()?;
+        let [leaf] = &left[..] else {
+            bail!("of {frozen:#?} these are left: {left:#?}");
+        };
+        let score = served
+            .node
+            .shell("cat \"/proc/$1/oom_score_adj\"", &[&leaf.pid.to_string()])?;
+        // It may be frozen again by now.
+        ensure!(
+            score.trim() != "1000" || served.node.is_frozen(leaf)?,
+            "{score}"
+        );
+        let pod = namespace.pod_of("who")?;
+        ensure!(
+            pod["status"]["containerStatuses"][0]["restartCount"] == 0,
+            "{pod}"
+        );
+        Ok(())
     });
 }
 

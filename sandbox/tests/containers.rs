@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::{Arguments, Failed, Trial};
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
-use sock_sandbox::cgroup::{Cgroup, Hierarchies, Location, OomWatch};
+use sock_sandbox::cgroup::{Cgroup, Expendable, Hierarchies, Location, OomWatch};
 use sock_sandbox::root::{Root, RootMount};
 use sock_sandbox::{
     ExecPlan, HolderKind, Launched, Outer, Plan, Program, Progress, Stdio, UserMapping, exec,
@@ -70,6 +70,10 @@ fn main() {
         (
             "a_suspended_process_does_not_run_and_can_be_killed",
             suspended,
+        ),
+        (
+            "what_nobody_needs_is_killed_first_for_want_of_memory",
+            expendable,
         ),
         (
             "a_holder_keeps_namespaces_and_shows_no_file_of_the_host",
@@ -862,6 +866,59 @@ fn suspended() {
     kill(child.pid, libc::SIGKILL);
     assert_eq!(wait(child.pid), 137, "a suspended process is killed");
     cgroup.0.kill().unwrap();
+}
+
+/// Of two that have not enough memory together the kernel takes the larger, which is the one that works.
+fn expendable() {
+    for offered in [false, true] {
+        let image = Image::new();
+        let start = |script: &str| {
+            let spec = parsed(&spec(script));
+            launch(plan(&spec, image.root(), Program::Specified)).unwrap()
+        };
+        let idle = start("exec dd if=/dev/zero of=/dev/null bs=40M 2>/dev/null");
+        let limit = json!({"memory": {"limit": 96 << 20, "swap": 96 << 20}});
+        let cgroup = TestCgroup::new("expendable", idle.pid, &limit);
+        go(&idle).unwrap();
+        let end = Instant::now() + Duration::from_secs(10);
+        while resident(idle.pid) < 40 << 20 {
+            assert!(Instant::now() < end, "it does not take its memory");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        cgroup.0.suspend().unwrap();
+        let score = || {
+            let text = fs::read_to_string(format!("/proc/{}/oom_score_adj", idle.pid)).unwrap();
+            text.trim().parse::<i32>().unwrap()
+        };
+        let before = score();
+        Expendable::make(&cgroup.0).unwrap().end().unwrap();
+        assert_eq!(score(), before, "it is as it was");
+        let expendable = offered.then(|| Expendable::make(&cgroup.0).unwrap());
+        assert_eq!(score() == 1000, offered);
+        let busy = start("exec dd if=/dev/zero of=/dev/null bs=70M count=3 2>/dev/null");
+        cgroup.0.add(busy.pid).unwrap();
+        // On version 2 it would be frozen here as well.
+        if cgroup.0.unified() {
+            cgroup.0.resume().unwrap();
+        }
+        go(&busy).unwrap();
+        assert_eq!(wait(busy.pid), if offered { 0 } else { 137 });
+        kill(idle.pid, if offered { 0 } else { libc::SIGKILL });
+        assert_eq!(wait(idle.pid), 137);
+        if let Some(expendable) = expendable {
+            // One that has ended is passed over.
+            expendable.end().unwrap();
+        }
+    }
+}
+
+/// Bytes that a process has in memory.
+fn resident(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.strip_suffix("kB"));
+    kib.map_or(0, |kib| kib.trim().parse::<u64>().unwrap() << 10)
 }
 
 fn holder() {

@@ -5,6 +5,7 @@
 //! together with the container's first one ([`Cgroup::create`]).
 
 mod devices;
+mod expendable;
 mod limits;
 mod oom;
 mod systemd;
@@ -24,6 +25,7 @@ use crate::error::Step;
 use crate::{Error, Result};
 
 pub use devices::can_be_guarded as devices_can_be_guarded;
+pub use expendable::Expendable;
 pub use oom::OomWatch;
 pub use tracking::follow;
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use sock_sandbox::Result;
-use sock_sandbox::cgroup::Cgroup;
+use sock_sandbox::cgroup::{Cgroup, Expendable};
 
 use super::end::Shortage;
 
@@ -28,7 +28,7 @@ pub trait LeafCgroup {
     fn entrances(&self) -> Result<Vec<OwnedFd>>;
     /// The directory whose `cgroup.procs` lists the members.
     fn directory(&self) -> Option<PathBuf>;
-    /// Stops its processes.
+    /// Stops its processes, and lets the kernel have their memory before that of others.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -84,6 +84,8 @@ struct Below {
     place: Rc<Place>,
     kept: Kept,
     container: Cgroup,
+    /// While it is frozen, what the kernel kills first.
+    expendable: RefCell<Expendable>,
 }
 
 impl BelowContainer {
@@ -129,6 +131,7 @@ impl LeafCgroups for BelowContainer {
             place,
             kept: Rc::clone(&self.kept),
             container: self.container.clone(),
+            expendable: RefCell::default(),
         }))
     }
 }
@@ -147,10 +150,16 @@ impl LeafCgroup for Below {
     }
 
     fn freeze(&self) -> Result<()> {
-        self.place.cgroup.suspend()
+        self.place.cgroup.suspend()?;
+        // A leaf that does nothing is only worth the time that its fork takes.
+        *self.expendable.borrow_mut() = Expendable::make(&self.place.cgroup)?;
+        Ok(())
     }
 
     fn thaw(&self) -> Result<()> {
+        if let Err(error) = self.expendable.take().end() {
+            tracing::warn!(%error, "a leaf that is needed is still the first to be killed for want of memory");
+        }
         self.place.cgroup.resume()
     }
 

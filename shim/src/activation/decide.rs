@@ -305,7 +305,9 @@ impl Dispatcher {
         self.expire(now, &mut actions);
         self.settle(now, &mut actions);
         if self.keeping.learns() {
-            self.keeping.note(now, self.is_busy());
+            if self.keeping.note(now, self.is_busy()) {
+                self.expire(now, &mut actions);
+            }
             self.look_ahead(now, &mut actions);
         }
         actions
@@ -315,11 +317,11 @@ impl Dispatcher {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         let rules = &self.rules;
-        let of_leaves = self.leaves.values().flat_map(|leaf| {
+        let of_leaves = self.leaves.iter().flat_map(|(name, leaf)| {
             let of_stage = match leaf.stage {
                 Stage::Starting { deadline, .. } | Stage::Leaving { deadline } => Some(deadline),
                 Stage::Ready if leaf.held.is_none() => {
-                    let end = self.keeping.end(leaf.idle_since, leaf.kept_until);
+                    let end = self.end_of(*name, leaf);
                     let freeze = leaf.idle_since + rules.freeze_after;
                     Some(if leaf.frozen { end } else { freeze.min(end) })
                 }
@@ -370,6 +372,12 @@ impl Dispatcher {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.leaves.is_empty() && self.queue.is_empty()
+    }
+
+    /// When an idle leaf ends.
+    fn end_of(&self, leaf: Leaf, state: &LeafState) -> Instant {
+        let next = self.idle.last() == Some(&leaf);
+        self.keeping.end(state.idle_since, next, state.kept_until)
     }
 
     /// Whether a request is under way, or waits.
@@ -535,7 +543,8 @@ impl Dispatcher {
             return;
         };
         self.idle.retain(|idle| *idle != leaf);
-        if !state.started && self.stop.is_none() {
+        // Of one that nobody waits for, nobody has to be told.
+        if !state.started && self.stop.is_none() && state.kept_until.is_none() {
             self.failures += 1;
             let doublings = self.failures.saturating_sub(2).min(10);
             let pause = if self.failures == 1 {
@@ -609,6 +618,10 @@ impl Dispatcher {
     }
 
     fn expire_leaf(&mut self, now: Instant, leaf: Leaf, actions: &mut Vec<Action>) {
+        let Some(state) = self.leaves.get(&leaf) else {
+            return;
+        };
+        let end = self.end_of(leaf, state);
         let Some(state) = self.leaves.get_mut(&leaf) else {
             return;
         };
@@ -627,7 +640,7 @@ impl Dispatcher {
                 self.kill(leaf, Answer::Crashed, actions);
             }
             Stage::Ready if state.held.is_none() => {
-                if self.keeping.end(state.idle_since, state.kept_until) <= now {
+                if end <= now {
                     self.end(now, leaf, actions);
                 } else if !state.frozen && state.idle_since + self.rules.freeze_after <= now {
                     state.frozen = true;

@@ -1,4 +1,7 @@
 //! How long a leaf that has nothing to do is kept, and when one is made ahead of the next request.
+//!
+//! What is learned is of the pod: how long it was without any request. So it decides about the leaf that the next request will
+//! get, the one used last; those below it are there for requests that come at once, and are kept as long as is said.
 
 use std::time::{Duration, Instant};
 
@@ -19,10 +22,19 @@ pub(super) struct Keeping {
     /// No leaf is ended before it would be frozen: one that only waits costs little until then.
     least: Duration,
     policy: Option<HybridHistogram>,
+    end_after: Duration,
     plan: Plan,
-    /// Since when no request is under way; none while one is, and before the first.
-    resting: Option<Instant>,
+    rest: Rest,
     ahead: Option<Ahead>,
+}
+
+/// Whether requests are under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    /// There was none so far.
+    Unasked,
+    Busy,
+    Since(Instant),
 }
 
 /// A leaf for a request that is expected.
@@ -40,8 +52,9 @@ impl Keeping {
                 IdlePolicy::Fixed => None,
                 IdlePolicy::Learned => Some(HybridHistogram::new(end_after)),
             },
+            end_after,
             plan: Plan::keep(end_after),
-            resting: None,
+            rest: Rest::Unasked,
             ahead: None,
         }
     }
@@ -51,14 +64,15 @@ impl Keeping {
         self.policy.is_some()
     }
 
-    /// Takes note of whether requests are under way, or wait.
-    pub(super) fn note(&mut self, now: Instant, busy: bool) {
+    /// Takes note of whether requests are under way, or wait. Yields whether that has changed, and with it when leaves end.
+    pub(super) fn note(&mut self, now: Instant, busy: bool) -> bool {
         let Some(policy) = &mut self.policy else {
-            return;
+            return false;
         };
-        if busy {
-            self.ahead = None;
-            if let Some(since) = self.resting.take() {
+        match (self.rest, busy) {
+            (Rest::Busy, true) | (Rest::Unasked | Rest::Since(_), false) => return false,
+            (Rest::Unasked, true) => {}
+            (Rest::Since(since), true) => {
                 let idle = now.saturating_duration_since(since);
                 policy.observe(sock_policy::Seen::Function(idle));
                 self.plan = policy.plan();
@@ -68,20 +82,29 @@ impl Keeping {
                 }
                 self.plan.end = self.plan.end.max(self.least);
             }
-        } else if self.resting.is_none() {
-            self.resting = Some(now);
-            self.ahead = self.plan.prewarm.map(|after| Ahead {
-                at: now + after,
-                until: now + self.plan.end,
-            });
+            (Rest::Busy, false) => {
+                self.ahead = self.plan.prewarm.map(|after| Ahead {
+                    at: now + after,
+                    until: now + self.plan.end,
+                });
+            }
         }
+        self.rest = if busy {
+            self.ahead = None;
+            Rest::Busy
+        } else {
+            Rest::Since(now)
+        };
+        true
     }
 
-    /// When a leaf ends that is idle since then; `until`: how long one is kept that was made ahead.
-    pub(super) fn end(&self, idle_since: Instant, until: Option<Instant>) -> Instant {
-        let kept = match self.plan.prewarm {
-            None => self.plan.end,
-            Some(_) => self.least,
+    /// When a leaf ends that is idle since then. `next`: it is the one that the next request gets; `until`: how long one is
+    /// kept that was made ahead.
+    pub(super) fn end(&self, idle_since: Instant, next: bool, until: Option<Instant>) -> Instant {
+        let kept = match (self.rest, self.plan.prewarm) {
+            (Rest::Since(_), None) if next => self.plan.end,
+            (Rest::Since(_), Some(_)) if next => self.least,
+            _ => self.end_after,
         };
         until.unwrap_or(idle_since + kept)
     }

@@ -163,7 +163,8 @@ fn memory_stat(files: &Files) -> MemoryStat {
     }
 }
 
-/// The counters of the scheduler that counts: BFQ, CFQ (older kernels), or the throttling that every kernel has.
+/// What passed is counted by the throttling that every kernel has, of all devices; how long it took only by a scheduler: BFQ, or
+/// CFQ of older kernels.
 fn block_io(files: &Files) -> BlkIOStat {
     let devices = std::cell::OnceCell::new();
     let entries = |names: &[&str]| {
@@ -188,9 +189,13 @@ fn block_io(files: &Files) -> BlkIOStat {
         entries(&[&bfq, &cfq])
     };
     let throttled = |of: &str| {
-        let [bfq, cfq, throttle] =
-            ["bfq.", "", "throttle."].map(|kind| format!("{kind}{of}_recursive"));
-        entries(&[&bfq, &cfq, &throttle])
+        let names = [
+            format!("throttle.{of}_recursive"),
+            format!("throttle.{of}"),
+            format!("bfq.{of}_recursive"),
+            format!("{of}_recursive"),
+        ];
+        entries(&names.each_ref().map(String::as_str))
     };
     BlkIOStat {
         io_service_bytes_recursive: throttled("io_service_bytes"),
@@ -314,12 +319,15 @@ mod tests {
     }
 
     #[test]
-    fn block_input_and_output_is_what_the_scheduler_counts_or_else_the_throttling()
+    fn block_input_and_output_is_what_the_throttling_counts_or_else_a_scheduler()
     -> std::io::Result<()> {
         let throttled = "8:0 Read 4096\n8:0 Write 512\n8:0 Total 4608\nTotal 4608\n";
         let (_one, one) = files(&[
             ("blkio.throttle.io_service_bytes_recursive", throttled),
-            ("blkio.bfq.io_service_bytes_recursive", "Total 0\n"),
+            (
+                "blkio.bfq.io_service_bytes_recursive",
+                "8:16 Read 1\nTotal 1\n",
+            ),
             ("blkio.bfq.time_recursive", "8:16 77\n"),
         ])?;
         let stat = block_io(&one);
@@ -335,11 +343,8 @@ mod tests {
             ("", 8, 16, 77)
         );
         let (_two, two) = files(&[
-            ("blkio.throttle.io_service_bytes_recursive", throttled),
-            (
-                "blkio.bfq.io_service_bytes_recursive",
-                "8:0 Read 1\nTotal 1\n",
-            ),
+            ("blkio.throttle.io_service_bytes_recursive", "Total 0\n"),
+            ("blkio.io_service_bytes_recursive", "8:0 Read 1\nTotal 1\n"),
         ])?;
         assert_eq!(block_io(&two).io_service_bytes_recursive[0].value, 1);
         Ok(())

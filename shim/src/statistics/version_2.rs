@@ -81,7 +81,8 @@ fn memory(files: &Files) -> MemoryStat {
         slab_unreclaimable: get("slab_unreclaimable"),
         pgfault: get("pgfault"),
         pgmajfault: get("pgmajfault"),
-        // Since Linux 5.9 apart for pages of programs and of files.
+        // Since Linux 5.9 apart for anonymous memory and for files. The message has no place for the two, so that containerd's
+        // own shim says nothing here.
         workingset_refault: get("workingset_refault")
             + get("workingset_refault_anon")
             + get("workingset_refault_file"),

@@ -316,6 +316,69 @@ fn what_is_not_known_is_kept_as_long_as_is_said() {
 }
 
 #[test]
+fn the_wait_for_the_first_request_says_nothing() {
+    let mut bench = Bench::new(learned());
+    bench.idle_leaf();
+    bench.pass(200 * MILLI);
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    bench.request(A);
+    let done = bench.pass(599 * SECOND);
+    assert!(
+        matches!(
+            done[..],
+            [(1_000, Action::End(_)), (_, Action::Fork(_)), ..]
+        ),
+        "{done:?}"
+    );
+}
+
+#[test]
+fn leaves_for_requests_that_come_at_once_end_as_is_said() {
+    let mut bench = Bench::new(learned());
+    for n in 0..30 {
+        bench.request(Conn(n));
+        bench.pass(if n % 3 == 0 {
+            1200 * SECOND
+        } else {
+            SECOND / 10
+        });
+    }
+    // Two at once, from here on.
+    for conn in [A, B] {
+        bench.say(Input::Readable(conn));
+    }
+    let both: Vec<Leaf> = bench.dispatcher.leaves.keys().copied().collect();
+    for leaf in &both {
+        bench.say(Input::There(*leaf));
+        bench.say(Input::Ready(*leaf));
+    }
+    for (leaf, held) in both
+        .iter()
+        .map(|leaf| (*leaf, bench.dispatcher.leaves[leaf].held))
+        .collect::<Vec<_>>()
+    {
+        let conn = held.expect("both serve").waited.conn;
+        for input in [
+            Input::Began(leaf, conn),
+            Input::Done(leaf, conn),
+            Input::Closed(leaf, conn),
+        ] {
+            bench.say(input);
+        }
+    }
+    let done = bench.pass(61 * SECOND);
+    let ended: Vec<u128> = done
+        .iter()
+        .filter(|(_, action)| matches!(action, Action::End(_)))
+        .map(|(at, _)| *at)
+        .collect();
+    assert_eq!(ended, [60_000], "one is kept for the next: {done:?}");
+}
+
+#[test]
 fn nobody_looks_ahead_while_the_pod_stops_or_handlers_fail() {
     let mut bench = Bench::new(learned());
     for n in 0..9 {
@@ -341,6 +404,13 @@ fn nobody_looks_ahead_while_the_pod_stops_or_handlers_fail() {
     };
     assert_eq!(bench.say(ended(leaf)), [], "it could not be started");
     assert_eq!(bench.pass(24 * 3600 * SECOND), [], "and is not tried again");
+    // Who comes then is not told of that.
+    let [Action::Fork(leaf)] = bench.say(Input::Readable(B))[..] else {
+        panic!("nothing is forked");
+    };
+    let [Action::Fork(_)] = bench.say(ended(leaf))[..] else {
+        panic!("it is not tried twice");
+    };
 }
 
 #[test]
@@ -701,6 +771,12 @@ impl World {
         for action in actions {
             self.perform(input, action);
         }
+        let next = self.bench.dispatcher.next_deadline();
+        assert!(
+            next.is_none_or(|next| next > self.bench.now),
+            "what is due after {input:?} is not done: {:?}",
+            self.bench.dispatcher
+        );
         let census = self.bench.dispatcher.census();
         assert!(census.leaves <= self.rules.instances, "{census:?}");
         assert!(census.starting <= self.rules.forks_at_once, "{census:?}");
