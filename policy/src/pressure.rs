@@ -2,31 +2,17 @@
 
 use std::time::Duration;
 
-/// An idle leaf.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Leaf<Id> {
-    /// Whose it is.
-    pub id: Id,
-    /// Since the end of its last request.
-    pub idle: Duration,
-    /// What its end gives back, in bytes.
-    pub bytes: u64,
-}
+/// What is idle for longer ends at the first look.
+const LONGEST: Duration = Duration::from_secs(60 * 60);
 
-/// The leaves to end so that `needed` bytes are given back, or all: the least recently used first, across all Functions.
-pub fn leaves<Id: Copy>(idle: &[Leaf<Id>], needed: u64) -> Vec<Id> {
-    let mut oldest: Vec<&Leaf<Id>> = idle.iter().collect();
-    oldest.sort_by_key(|leaf| std::cmp::Reverse(leaf.idle));
-    let mut missing = needed;
-    let mut ended = Vec::new();
-    for leaf in oldest {
-        if missing == 0 {
-            break;
-        }
-        missing = missing.saturating_sub(leaf.bytes);
-        ended.push(leaf.id);
-    }
-    ended
+/// How long leaves may have been idle when memory is short at the so many-th look in a row, from 1 on: a quarter of what it was at
+/// the look before.
+///
+/// Every pod of a node looks for itself. As all begin at about the same time, what was used least recently ends first, of whichever pod,
+/// and nobody has to know of all; it is over when enough has ended.
+#[must_use]
+pub fn idle_while_short(looks: u32) -> Duration {
+    LONGEST / 4_u32.saturating_pow(looks.saturating_sub(1))
 }
 
 /// A zygote.
@@ -124,16 +110,16 @@ mod tests {
     }
 
     #[test]
-    fn leaves_that_were_used_last_stay() {
-        let leaf = |id, seconds, bytes| Leaf {
-            id,
-            idle: Duration::from_secs(seconds),
-            bytes,
-        };
-        let idle = [leaf('a', 10, 3), leaf('b', 300, 3), leaf('c', 60, 3)];
-        assert_eq!(leaves(&idle, 0), []);
-        assert_eq!(leaves(&idle, 4), ['b', 'c']);
-        assert_eq!(leaves(&idle, 100), ['b', 'c', 'a']);
+    fn what_was_used_last_stays_longest() {
+        let times: Vec<Duration> = (1..=12).map(idle_while_short).collect();
+        assert_eq!(times[0], LONGEST);
+        assert!(
+            times.is_sorted_by(|sooner, later| sooner > later),
+            "{times:?}"
+        );
+        // The usual minute is reached in five looks, and a second in seven.
+        assert!(times[3] < Duration::from_secs(60) && times[6] < Duration::from_secs(1));
+        assert!(idle_while_short(u32::MAX) < Duration::from_millis(1));
     }
 
     #[test]

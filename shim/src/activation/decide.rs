@@ -97,6 +97,8 @@ pub enum Input {
         /// Whether the connection can be given to another leaf as it is.
         untouched: bool,
     },
+    /// The node has little memory left: a leaf that is idle for so long already ends.
+    Short(Duration),
     /// The pod is about to stop: an answer is the last on its connection.
     Drain,
     /// No further connection comes; what is there may take until then.
@@ -295,6 +297,7 @@ impl Dispatcher {
             }
             Input::Unruly(leaf) => self.kill(leaf, Answer::Crashed, &mut actions),
             Input::Ended { leaf, untouched } => self.ended(now, leaf, untouched, &mut actions),
+            Input::Short(idle) => self.give_back(now, idle, &mut actions),
             Input::Drain => self.drain(&mut actions),
             Input::Stop(deadline) => {
                 self.drain(&mut actions);
@@ -372,6 +375,17 @@ impl Dispatcher {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.leaves.is_empty() && self.queue.is_empty()
+    }
+
+    /// Ends leaves that are idle for so long, and makes none ahead.
+    fn give_back(&mut self, now: Instant, idle: Duration, actions: &mut Vec<Action>) {
+        self.keeping.forgo();
+        for leaf in self.idle.clone() {
+            let since = self.leaves.get(&leaf).map(|state| state.idle_since);
+            if since.is_some_and(|since| since + idle <= now) {
+                self.end(now, leaf, actions);
+            }
+        }
     }
 
     /// When an idle leaf ends.

@@ -52,6 +52,8 @@ pub(super) struct Driver {
     armed: Cell<Option<Instant>>,
     rearm: Notify,
     changed: Notify,
+    /// A leaf was frozen.
+    pub(super) froze: Notify,
     closing: Notify,
     stopping: Cell<bool>,
     /// No further request is waited for.
@@ -89,6 +91,7 @@ impl Driver {
             armed: Cell::new(None),
             rearm: Notify::new(),
             changed: Notify::new(),
+            froze: Notify::new(),
             closing: Notify::new(),
             stopping: Cell::new(false),
             over: Cell::new(false),
@@ -146,6 +149,7 @@ impl Driver {
                 if let Some(Err(error)) = self.cgroup(leaf, |cgroup| cgroup.freeze()) {
                     tracing::warn!(leaf = leaf.0, %error, "an idle leaf is not frozen");
                 }
+                self.froze.notify_one();
             }
             Action::Thaw(leaf) => {
                 if let Some(Err(error)) = self.cgroup(leaf, |cgroup| cgroup.thaw()) {

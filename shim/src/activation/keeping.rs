@@ -120,6 +120,11 @@ impl Keeping {
         (now < ahead.until).then_some(ahead.until)
     }
 
+    /// No leaf is made ahead this time.
+    pub(super) fn forgo(&mut self) {
+        self.ahead = None;
+    }
+
     /// No request is expected any more.
     pub(super) fn stop(&mut self) {
         self.policy = None;

@@ -16,6 +16,7 @@ mod end;
 mod keeping;
 mod leaf;
 pub mod listener;
+mod memory;
 pub mod output;
 pub mod tcp;
 pub mod zygotes;
@@ -23,6 +24,7 @@ pub mod zygotes;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -66,6 +68,8 @@ pub struct Surroundings {
     pub oom_score_adj: Option<i32>,
     /// How long to wait for a zygote at the start.
     pub pool_within: Duration,
+    /// Where the kernel says how much memory the node has left.
+    pub meminfo: PathBuf,
 }
 
 impl Surroundings {
@@ -86,6 +90,7 @@ impl Surroundings {
             setup,
             oom_score_adj: None,
             pool_within: POOL_WITHIN,
+            meminfo: "/proc/meminfo".into(),
         }
     }
 }
@@ -150,6 +155,7 @@ pub struct Activation {
     port: u16,
     accept: RefCell<Option<JoinHandle<()>>>,
     timer: JoinHandle<()>,
+    memory: JoinHandle<()>,
 }
 
 impl Activation {
@@ -181,6 +187,7 @@ impl Activation {
             mut setup,
             oom_score_adj,
             pool_within,
+            meminfo,
         } = surroundings;
         config.complete(&mut setup);
         let cold = Told::new(unconfined(setup))?;
@@ -201,11 +208,15 @@ impl Activation {
             oom_score_adj,
         ));
         let timer = tokio::task::spawn_local(Rc::clone(&driver).keep_time());
+        let watched = Rc::clone(&driver);
+        let memory =
+            tokio::task::spawn_local(async move { memory::watch(watched, &meminfo).await });
         let activation = Activation {
             driver,
             port,
             accept: RefCell::new(None),
             timer,
+            memory,
         };
 
         if let Some(package_set) = package_set {
@@ -298,6 +309,7 @@ impl Activation {
 impl Drop for Activation {
     fn drop(&mut self) {
         self.timer.abort();
+        self.memory.abort();
         if let Some(accept) = self.accept.take() {
             accept.abort();
         }

@@ -149,6 +149,29 @@ fn connections_take_turns_when_there_are_fewer_leaves() {
 }
 
 #[test]
+fn idle_leaves_end_while_memory_is_short() {
+    in_pod(|mut pod| async move {
+        pod.config.freeze_after = 50 * MILLI;
+        let activation = pod.start().await;
+        pod.available(50_000);
+        pod.until("the leaf is frozen", || activation.stats().frozen == 1)
+            .await;
+        // There is enough at the first looks.
+        tokio::time::sleep(2_500 * MILLI).await;
+        assert_eq!(activation.stats().frozen, 1);
+        pod.available(49_999);
+        pod.until("its memory is given back", || {
+            activation.stats().leaves == 0
+        })
+        .await;
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
 fn silent_connections_occupy_no_leaf_and_are_bounded() {
     in_pod(|mut pod| async move {
         pod.config.end_after = 200 * MILLI;

@@ -103,6 +103,16 @@ impl Pod {
         }
     }
 
+    fn meminfo(&self) -> PathBuf {
+        self.directory.path().join("meminfo")
+    }
+
+    /// What the kernel says from now on of the memory that is available, of a million KiB.
+    pub fn available(&self, kib: u32) {
+        let text = format!("MemTotal: 1000000 kB\nMemAvailable: {kib} kB\n");
+        std::fs::write(self.meminfo(), text).expect("a file");
+    }
+
     pub async fn start(&self) -> Activation {
         self.try_start().await.expect("a start")
     }
@@ -120,6 +130,7 @@ impl Pod {
             setup: self.setup.clone(),
             oom_score_adj: None,
             pool_within: self.pool_within,
+            meminfo: self.meminfo(),
         };
         Activation::start(&self.config, surroundings).await
     }

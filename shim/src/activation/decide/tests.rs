@@ -414,6 +414,36 @@ fn nobody_looks_ahead_while_the_pod_stops_or_handlers_fail() {
 }
 
 #[test]
+fn what_is_idle_longest_ends_first_while_memory_is_short() {
+    let mut bench = Bench::new(rules());
+    bench.say(Input::Readable(A));
+    bench.say(Input::Readable(B));
+    for leaf in [Leaf(0), Leaf(1)] {
+        bench.now += SECOND / 2;
+        bench.say(Input::There(leaf));
+        bench.now += SECOND / 2;
+        bench.say(Input::Ready(leaf));
+    }
+    for (leaf, conn) in [(Leaf(0), A), (Leaf(1), B)] {
+        bench.now += SECOND;
+        bench.say(Input::Began(leaf, conn));
+        bench.say(Input::Done(leaf, conn));
+        assert_eq!(bench.say(Input::Closed(leaf, conn)), [Action::Close(conn)]);
+    }
+    bench.after(10 * SECOND);
+    assert_eq!(bench.say(Input::Short(12 * SECOND)), []);
+    assert_eq!(
+        bench.say(Input::Short(11 * SECOND)),
+        [Action::Thaw(Leaf(0)), Action::End(Leaf(0))]
+    );
+    // One that serves is left alone.
+    let [Action::Thaw(_), Action::HandOver(C, Leaf(1))] = bench.say(Input::Readable(C))[..] else {
+        panic!("{:?}", bench.dispatcher);
+    };
+    assert_eq!(bench.say(Input::Short(Duration::ZERO)), []);
+}
+
+#[test]
 fn a_request_beyond_its_time_is_answered_only_after_its_leaf_is_gone() {
     let mut bench = Bench::new(rules());
     let leaf = bench.busy_leaf(A);
@@ -902,6 +932,7 @@ impl World {
                 }
             }
             Step::Drain => self.say(Input::Drain),
+            Step::Short(millis) => self.say(Input::Short(Duration::from_millis(millis))),
             Step::Advance(millis) => {
                 self.bench.now += Duration::from_millis(millis);
                 self.say(Input::Tick);
@@ -973,6 +1004,7 @@ impl World {
 enum Step {
     Connect,
     Drain,
+    Short(u64),
     Resume(usize),
     Advance(u64),
     Forward(usize),
@@ -984,6 +1016,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
         8 => Just(Step::Connect),
         1 => Just(Step::Drain),
+        1 => (0..4_000u64).prop_map(Step::Short),
         4 => any::<usize>().prop_map(Step::Resume),
         4 => (0..4_000u64).prop_map(Step::Advance),
         24 => any::<usize>().prop_map(Step::Forward),
