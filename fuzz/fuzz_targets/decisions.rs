@@ -128,10 +128,10 @@ fuzz_target!(|input: &[u8]| {
                 shim.now += Duration::from_millis(50) * u32::from(which);
                 shim.say(Input::Tick);
             }
-            14 => shim.say(if which & 1 == 0 {
-                Input::Wanted
-            } else {
-                Input::Drain
+            14 => shim.say(match which & 3 {
+                0 => Input::Wanted,
+                1 => Input::Drain,
+                _ => Input::Short(Duration::from_millis(50) * u32::from(which)),
             }),
             _ => {
                 let grace = Duration::from_secs(u64::from(which));
