@@ -315,9 +315,11 @@ def handler(event, context):
 #[test]
 fn what_idle_leaves_hold_is_there_for_those_that_serve() {
     in_namespace("hungry", |namespace| {
+        // Of the class Guaranteed: its processes are among the last that the kernel takes, its idle leaves among the first.
+        let all = json!({"cpu": "500m", "memory": "160Mi"});
         let fields = json!({
             "idle": {"freezeAfterMs": 200, "endAfterMs": 600_000},
-            "resources": {"limits": {"memory": "160Mi"}},
+            "resources": {"requests": all, "limits": all},
         });
         let mut served = Served::new(namespace, HUNGRY, &fields)?;
         let both = ["one", "other"];
