@@ -19,6 +19,7 @@ bench: install ## figures beside those of peers: a table, and target/bench.json
 	cargo build --locked --release -p sock-bench
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench tree
+	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench tiers
 
 simulate: rust ## days of requests under different policies for idle leaves: a table, and target/simulate.json; SIMULATE="--days 14"
 	cargo build --locked --release -p sock-bench

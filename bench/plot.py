@@ -2,7 +2,8 @@
 """Draws what `make bench` has measured, and writes it down for the documentation.
 
 plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the tables in DOCS/performance.md between their marks. The steps
-of a container's start are taken from start.json beside BENCH_JSON.
+of a container's start are taken from start.json beside BENCH_JSON, what each tier is worth from tiers.json, which
+DOCS/tiers.svg shows.
 """
 
 import json
@@ -21,7 +22,8 @@ SHOWN = {
     "forked_hello_spare": "plain Python, spare",
 }
 TITLE = "First answer of an idle Function (median, logarithmic scale)"
-WIDTH, LEFT, RIGHT, ROW, TOP = 880, 250, 90, 58, 64
+TIERS = "One request, with all tiers of caches and with one less each time (median, logarithmic scale)"
+WIDTH, LEFT, RIGHT, TOP = 880, 250, 90, 64
 OURS, PEER, TEXT = "#0f766e", "#b45309", "#475569"
 
 
@@ -29,11 +31,13 @@ def span(milliseconds: float) -> str:
     return f"{milliseconds / 1000:.2f} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
 
 
-def picture(figures: list[dict]) -> str:
-    rows = [figure for figure in figures if figure["name"] in SHOWN]
-    values = [value for row in rows for value in (row["p50"], row["peer_p50"])]
+def picture(title: str, legend: list[tuple[str, str]], rows: list[tuple[str, list[float]]]) -> str:
+    """Bars: of each row a name and its values, whose words and colours are the legend's, in this order."""
+    values = [value for _, all_of_row in rows for value in all_of_row]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    plot, height = WIDTH - LEFT - RIGHT, TOP + ROW * len(rows) + 34
+    bars = 20 * len(legend)
+    row_height = bars + 18
+    plot, height = WIDTH - LEFT - RIGHT, TOP + row_height * len(rows) + 34
 
     def x(value: float) -> float:
         return LEFT + plot * (math.log10(value) - low) / (high - low)
@@ -42,22 +46,24 @@ def picture(figures: list[dict]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
         ' font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="16" y="26" font-size="16" fill="{TEXT}">{TITLE}</text>',
-        f'<text x="16" y="46" fill="{OURS}">sock</text>',
-        f'<text x="56" y="46" fill="{PEER}">the same container on runc</text>',
+        f'<text x="16" y="26" font-size="16" fill="{TEXT}">{title}</text>',
     ]
+    at = 16
+    for words, color in legend:
+        parts.append(f'<text x="{at}" y="46" fill="{color}">{escape(words)}</text>')
+        at += 8 * len(words) + 8
     for power in range(low, high + 1):
         at = x(10**power)
         parts.append(f'<line x1="{at:.1f}" y1="{TOP - 6}" x2="{at:.1f}" y2="{height - 28}" stroke="#e2e8f0"/>')
         label = f'<text x="{at:.1f}" y="{height - 10}" text-anchor="middle" fill="{TEXT}">{span(10**power)}</text>'
         parts.append(label)
-    for index, row in enumerate(rows):
-        top = TOP + ROW * index
-        parts.append(f'<text x="16" y="{top + 27}" fill="{TEXT}">{escape(SHOWN[row["name"]])}</text>')
-        for offset, value, color in ((4, row["p50"], OURS), (24, row["peer_p50"], PEER)):
-            width = max(x(value) - LEFT, 2)
-            parts.append(f'<rect x="{LEFT}" y="{top + offset}" width="{width:.1f}" height="16" fill="{color}"/>')
-            parts.append(f'<text x="{LEFT + width + 6:.1f}" y="{top + offset + 13}" fill="{TEXT}">{span(value)}</text>')
+    for index, (name, all_of_row) in enumerate(rows):
+        top = TOP + row_height * index
+        parts.append(f'<text x="16" y="{top + bars / 2 + 7:.0f}" fill="{TEXT}">{escape(name)}</text>')
+        for place, (value, (_, color)) in enumerate(zip(all_of_row, legend, strict=True)):
+            width, bar = max(x(value) - LEFT, 2), top + 4 + 20 * place
+            parts.append(f'<rect x="{LEFT}" y="{bar}" width="{width:.1f}" height="16" fill="{color}"/>')
+            parts.append(f'<text x="{LEFT + width + 6:.1f}" y="{bar + 13}" fill="{TEXT}">{span(value)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -73,6 +79,13 @@ def steps(profile: list[list]) -> str:
     rows = [(name.count("  "), name.strip(), micros) for name, micros in profile]
     lines = [f"| {'&emsp;' * depth}{name} | {micros:,} |" for depth, name, micros in rows]
     return "\n".join(["| step | µs |", "|---|---|", *lines])
+
+
+def tiers(worth: list[dict]) -> str:
+    lines = [
+        f"| {one['tiers']} | {one['means']} | {one['n']} | {one['p50']:.2f} | {one['p99']:.2f} |" for one in worth
+    ]
+    return "\n".join(["| tiers | a request meets | n | p50, ms | p99, ms |", "|---|---|---|---|---|", *lines])
 
 
 def between(page: str, mark: str, text: str) -> str:
@@ -101,7 +114,15 @@ def main() -> None:
     # An older one is of another run.
     if start.exists() and start.stat().st_mtime >= source.stat().st_mtime:
         text = between(text, "start", steps(json.loads(start.read_text())))
-    (docs / "figures.svg").write_text(picture(figures))
+    rows = [(SHOWN[one["name"]], [one["p50"], one["peer_p50"]]) for one in figures if one["name"] in SHOWN]
+    legend = [("sock", OURS), ("the same container on runc", PEER)]
+    (docs / "figures.svg").write_text(picture(TITLE, legend, rows))
+    worth = source.with_name("tiers.json")
+    if worth.exists():
+        worth = json.loads(worth.read_text())
+        text = between(text, "tiers", tiers(worth))
+        rows = [(one["tiers"], [one["p50"]]) for one in worth]
+        (docs / "tiers.svg").write_text(picture(TIERS, [("sock; at last containers on runc", OURS)], rows))
     page.write_text(text)
 
 

@@ -182,6 +182,7 @@ fn one(
         image: text(&set["spec"]["image"])?,
         handler: text(&function["spec"]["handler"])?,
         packages: Some(&packages),
+        install: None,
         env: &function["spec"]["env"],
         resources: &function["spec"]["resources"],
     };

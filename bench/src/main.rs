@@ -16,6 +16,7 @@ mod run;
 mod simulate;
 mod stats;
 mod table;
+mod tiers;
 mod trace;
 mod tree;
 
@@ -33,6 +34,8 @@ const USAGE: &str = "usage:
       what each fault costs, and how long until all is whole again; it disturbs the whole cluster
   sock-bench tree [--out FILE] [--keep]
       the memory of zygotes that descend from one another, beside one that does not
+  sock-bench tiers [--requests N] [--out FILE] [--keep]
+      a request with all tiers of caches, and without one more of them each time
   sock-bench simulate [--functions N] [--days N] [--seed N] [--trace FILE]... [--out FILE]
       days of requests under different policies for idle leaves; recorded days (Azure Functions Trace 2019) by --trace, one a file
   sock-bench demo NAMESPACE REQUESTS
@@ -56,6 +59,7 @@ fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         Some("containers") => containers::run(&containers_options(arguments)?),
         Some("faults") => faults::run(&faults_options(arguments)?),
         Some("tree") => tree::run(&tree_options(arguments)?),
+        Some("tiers") => tiers::run(&tiers_options(arguments)?),
         Some("simulate") => simulate::run(&simulate_options(arguments)?),
         Some("demo") => match (arguments.next(), arguments.next()) {
             (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
@@ -128,6 +132,25 @@ fn tree_options(mut arguments: impl Iterator<Item = String>) -> Result<tree::Opt
     };
     while let Some(option) = arguments.next() {
         match &*option {
+            "--out" => options.out = value_of(&option, &mut arguments)?.into(),
+            "--keep" => options.keep = true,
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn tiers_options(mut arguments: impl Iterator<Item = String>) -> Result<tiers::Options> {
+    let mut options = tiers::Options {
+        requests: 200,
+        out: "target/tiers.json".into(),
+        keep: false,
+    };
+    while let Some(option) = arguments.next() {
+        match &*option {
+            "--requests" => {
+                options.requests = count(&option, &value_of(&option, &mut arguments)?)?;
+            }
             "--out" => options.out = value_of(&option, &mut arguments)?.into(),
             "--keep" => options.keep = true,
             _ => bail!("unknown option {option}\n{USAGE}"),

@@ -61,10 +61,33 @@ pub struct Peer<'a> {
     pub handler: &'a str,
     /// Directory of the installed packages on the node.
     pub packages: Option<&'a str>,
+    /// Or it installs them itself.
+    pub install: Option<Install<'a>>,
     /// `env` of a container: same as the Function's, or null.
     pub env: &'a Value,
     /// `resources` of a container: same as the Function's, or null.
     pub resources: &'a Value,
+}
+
+/// Packages that a container installs when it starts, with the installer of the node's own cache and nothing kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Install<'a> {
+    /// Where from.
+    pub index: &'a str,
+    /// Pinned and hashed.
+    pub requirements: &'a str,
+}
+
+impl Install<'_> {
+    /// What a shell does before it becomes the server.
+    fn script(self) -> String {
+        format!(
+            "/opt/sock/bin/uv pip install --quiet --no-cache --no-config --require-hashes --only-binary :all: \
+             --python \"$(command -v python3)\" --target /tmp/packages --default-index {} \
+             --requirement /srv/peer/requirements.txt && exec \"$@\"",
+            self.index
+        )
+    }
 }
 
 impl Peer<'_> {
@@ -77,6 +100,9 @@ impl Peer<'_> {
         let (mut server, mut function) = (map.clone(), map);
         server["metadata"] = metadata("server");
         server["data"] = json!({"server.py": SERVER});
+        if let Some(install) = self.install {
+            server["data"]["requirements.txt"] = install.requirements.into();
+        }
         function["metadata"] = metadata("code");
         for part in ["data", "binaryData"] {
             if !code[part].is_null() {
@@ -129,6 +155,29 @@ impl Peer<'_> {
                 .push(json!({"name": "packages", "mountPath": "/opt/packages", "readOnly": true}));
             env.push(json!({"name": "PYTHONPATH", "value": "/opt/packages"}));
         }
+        let mut command: Vec<String> = [
+            "python3",
+            "/srv/peer/server.py",
+            self.handler,
+            &PORT.to_string(),
+        ]
+        .map(str::to_owned)
+        .into();
+        if let Some(install) = self.install {
+            volumes.push(
+                json!({"name": "programs", "hostPath": {"path": "/opt/sock/bin", "type": "Directory"}}),
+            );
+            mounts
+                .push(json!({"name": "programs", "mountPath": "/opt/sock/bin", "readOnly": true}));
+            env.push(json!({"name": "PYTHONPATH", "value": "/tmp/packages"}));
+            let shell = [
+                "sh".to_owned(),
+                "-c".to_owned(),
+                install.script(),
+                "sh".to_owned(),
+            ];
+            command.splice(0..0, shell);
+        }
         json!({
             "nodeSelector": {"kubernetes.io/hostname": self.node},
             "automountServiceAccountToken": false,
@@ -137,7 +186,7 @@ impl Peer<'_> {
             "volumes": volumes,
             "containers": [{
                 "name": "peer", "image": self.image, "imagePullPolicy": "IfNotPresent",
-                "command": ["python3", "/srv/peer/server.py", self.handler, PORT.to_string()],
+                "command": command,
                 "env": env, "volumeMounts": mounts, "resources": self.resources,
                 "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 5},
                 "securityContext": {"allowPrivilegeEscalation": false, "seccompProfile": {"type": "RuntimeDefault"}},
@@ -159,6 +208,7 @@ mod tests {
             image: IMAGE,
             handler: "app.handler",
             packages: Some("/var/lib/sock/cache/t/l/site-packages"),
+            install: None,
             env: &Value::Null,
             resources: &Value::Null,
         };
@@ -180,6 +230,34 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_may_install_what_it_needs() {
+        let peer = Peer {
+            namespace: "n",
+            name: "p",
+            node: "w",
+            image: IMAGE,
+            handler: "a.b",
+            packages: None,
+            install: Some(Install {
+                index: "http://wheels/simple/",
+                requirements: "one==1 --hash=sha256:00",
+            }),
+            env: &Value::Null,
+            resources: &Value::Null,
+        };
+        let [server, _] = peer.config_maps(&json!({"data": {}}));
+        assert_eq!(
+            server["data"]["requirements.txt"],
+            "one==1 --hash=sha256:00"
+        );
+        let pod = peer.pod("p-1");
+        let command = pod["spec"]["containers"][0]["command"].as_array().unwrap();
+        assert_eq!(command[..2], ["sh", "-c"]);
+        assert!(command[2].as_str().unwrap().ends_with("&& exec \"$@\""));
+        assert_eq!(command[3..6], ["sh", "python3", "/srv/peer/server.py"]);
+    }
+
+    #[test]
     fn a_peer_gets_the_functions_files() {
         let peer = Peer {
             namespace: "n",
@@ -188,6 +266,7 @@ mod tests {
             image: IMAGE,
             handler: "a.b",
             packages: None,
+            install: None,
             env: &Value::Null,
             resources: &Value::Null,
         };

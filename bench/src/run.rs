@@ -25,10 +25,10 @@ const NAMESPACE: &str = "sock-bench";
 const PEERS: &str = "sock-bench-peers";
 const HELLO: &str = include_str!("../functions/hello.py");
 const PREDICT: &str = include_str!("../functions/predict.py");
-const SCIENCE: &str = include_str!("../../e2e/images/requirements-science.txt");
+pub const SCIENCE: &str = include_str!("../../e2e/images/requirements-science.txt");
 
 /// What the science sets do ahead of all leaves, in the words of the handler: it is their users' to write.
-const SCIENCE_WARM_UP: &str = include_str!("../functions/warm_up.py");
+pub const SCIENCE_WARM_UP: &str = include_str!("../functions/warm_up.py");
 
 const WARM_UP: usize = 20;
 const IDLE_PODS: usize = 10;
@@ -148,21 +148,22 @@ struct Forked {
     samples: Vec<Sample>,
 }
 
+/// What a handler does.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Code {
+pub enum Code {
     Hello,
     Predict,
 }
 
 impl Code {
-    fn source(self) -> &'static str {
+    pub fn source(self) -> &'static str {
         match self {
             Code::Hello => HELLO,
             Code::Predict => PREDICT,
         }
     }
 
-    fn request(self) -> Request {
+    pub fn request(self) -> Request {
         match self {
             Code::Hello => Request {
                 method: "GET".to_owned(),
@@ -536,6 +537,7 @@ fn peer<'a>(name: &'a str, node: &'a str, packages: Option<&'a str>) -> Peer<'a>
         image: IMAGE,
         handler: "app.handler",
         packages,
+        install: None,
         env: &Value::Null,
         resources: &Value::Null,
     }
