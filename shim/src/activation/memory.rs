@@ -10,8 +10,8 @@ use sock_policy::pressure::idle_while_short;
 use super::decide::Input;
 use super::driver::Driver;
 
-/// While leaves are frozen. There is nothing to look for while none is.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Between looks while there is enough, and while there is not. Nobody looks while no leaf is frozen.
+const LOOK_EVERY: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(1));
 /// Memory is short when less than one part of so many is available.
 const PARTS: u64 = 20;
 
@@ -21,7 +21,12 @@ pub(super) async fn watch(driver: Rc<Driver>, meminfo: &Path) {
         driver.froze.notified().await;
         let mut looks = 0;
         while driver.census().frozen > 0 {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(if looks == 0 {
+                LOOK_EVERY.0
+            } else {
+                LOOK_EVERY.1
+            })
+            .await;
             let text = std::fs::read_to_string(meminfo).unwrap_or_default();
             if !is_short(&text) {
                 looks = 0;

@@ -157,7 +157,7 @@ fn idle_leaves_end_while_memory_is_short() {
         pod.until("the leaf is frozen", || activation.stats().frozen == 1)
             .await;
         // There is enough at the first looks.
-        tokio::time::sleep(2_500 * MILLI).await;
+        tokio::time::sleep(3_500 * MILLI).await;
         assert_eq!(activation.stats().frozen, 1);
         pod.available(49_999);
         pod.until("its memory is given back", || {

@@ -149,7 +149,7 @@ impl Pod {
     }
 
     pub async fn until(&self, what: &str, condition: impl Fn() -> bool) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(30);
         while !condition() {
             assert!(Instant::now() < end, "waited in vain until {what}");
             sleep(Duration::from_millis(2)).await;
