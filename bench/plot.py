@@ -31,11 +31,11 @@ def span(milliseconds: float) -> str:
     return f"{milliseconds / 1000:.2f} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
 
 
-def picture(title: str, legend: list[tuple[str, str]], rows: list[tuple[str, list[float]]]) -> str:
-    """Bars: of each row a name and its values, whose words and colours are the legend's, in this order."""
-    values = [value for _, all_of_row in rows for value in all_of_row]
+def picture(title: str, rows: list[tuple[str, list[tuple[float, str]]]]) -> str:
+    """Bars: of each row a name, and its values with their colours."""
+    values = [value for _, all_of_row in rows for value, _ in all_of_row]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    bars = 20 * len(legend)
+    bars = 20 * max(len(all_of_row) for _, all_of_row in rows)
     row_height = bars + 18
     plot, height = WIDTH - LEFT - RIGHT, TOP + row_height * len(rows) + 34
 
@@ -49,7 +49,7 @@ def picture(title: str, legend: list[tuple[str, str]], rows: list[tuple[str, lis
         f'<text x="16" y="26" font-size="16" fill="{TEXT}">{title}</text>',
     ]
     at = 16
-    for words, color in legend:
+    for words, color in (("sock", OURS), ("the same container on runc", PEER)):
         parts.append(f'<text x="{at}" y="46" fill="{color}">{escape(words)}</text>')
         at += 8 * len(words) + 8
     for power in range(low, high + 1):
@@ -60,7 +60,7 @@ def picture(title: str, legend: list[tuple[str, str]], rows: list[tuple[str, lis
     for index, (name, all_of_row) in enumerate(rows):
         top = TOP + row_height * index
         parts.append(f'<text x="16" y="{top + bars / 2 + 7:.0f}" fill="{TEXT}">{escape(name)}</text>')
-        for place, (value, (_, color)) in enumerate(zip(all_of_row, legend, strict=True)):
+        for place, (value, color) in enumerate(all_of_row):
             width, bar = max(x(value) - LEFT, 2), top + 4 + 20 * place
             parts.append(f'<rect x="{LEFT}" y="{bar}" width="{width:.1f}" height="16" fill="{color}"/>')
             parts.append(f'<text x="{LEFT + width + 6:.1f}" y="{bar + 13}" fill="{TEXT}">{span(value)}</text>')
@@ -114,15 +114,15 @@ def main() -> None:
     # An older one is of another run.
     if start.exists() and start.stat().st_mtime >= source.stat().st_mtime:
         text = between(text, "start", steps(json.loads(start.read_text())))
-    rows = [(SHOWN[one["name"]], [one["p50"], one["peer_p50"]]) for one in figures if one["name"] in SHOWN]
-    legend = [("sock", OURS), ("the same container on runc", PEER)]
-    (docs / "figures.svg").write_text(picture(TITLE, legend, rows))
+    shown = [one for one in figures if one["name"] in SHOWN]
+    rows = [(SHOWN[one["name"]], [(one["p50"], OURS), (one["peer_p50"], PEER)]) for one in shown]
+    (docs / "figures.svg").write_text(picture(TITLE, rows))
     worth = source.with_name("tiers.json")
-    if worth.exists():
+    if worth.exists() and worth.stat().st_mtime >= source.stat().st_mtime:
         worth = json.loads(worth.read_text())
         text = between(text, "tiers", tiers(worth))
-        rows = [(one["tiers"], [one["p50"]]) for one in worth]
-        (docs / "tiers.svg").write_text(picture(TIERS, [("sock; at last containers on runc", OURS)], rows))
+        rows = [(one["tiers"], [(one["p50"], PEER if "runc" in one["means"] else OURS)]) for one in worth]
+        (docs / "tiers.svg").write_text(picture(TIERS, rows))
     page.write_text(text)
 
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use sock_e2e::{
     Client, MINUTE, Namespace, Node, Process, in_namespace, kubectl, kubectl_with, manifest, until,
@@ -341,18 +341,23 @@ fn what_idle_leaves_hold_is_there_for_those_that_serve() {
         })?;
         // It has not enough beside the other's. The kernel would take the larger of the two, which serves.
         ensure!(served.get("/?mib=80")? == "done");
-        let left = served.interpreters()?;
-        let [leaf] = &left[..] else {
-            bail!("of {frozen:#?} these are left: {left:#?}");
+        let leaf = until("one of the two is left", MINUTE, || {
+            let mut left = served.interpreters()?;
+            Ok((left.len() == 1).then(|| left.remove(0)))
+        })?;
+        ensure!(frozen.iter().any(|one| one.pid == leaf.pid), "{leaf:#?}");
+        let score = |served: &Served| {
+            let file = format!("/proc/{}/oom_score_adj", leaf.pid);
+            Ok::<_, anyhow::Error>(served.node.shell("cat \"$1\"", &[&file])?.trim() == "1000")
         };
-        let score = served
-            .node
-            .shell("cat \"/proc/$1/oom_score_adj\"", &[&leaf.pid.to_string()])?;
-        // It may be frozen again by now.
-        ensure!(
-            score.trim() != "1000" || served.node.is_frozen(leaf)?,
-            "{score}"
-        );
+        until("it is frozen again", MINUTE, || {
+            Ok(score(&served)?.then_some(()))
+        })?;
+        served.client.send("one", "/?mib=1&keep=1")?;
+        until("it is no more than others while it serves", MINUTE, || {
+            Ok((!score(&served)?).then_some(()))
+        })?;
+        ensure!(served.client.receive("one")?.text()? == "done");
         let pod = namespace.pod_of("who")?;
         ensure!(
             pod["status"]["containerStatuses"][0]["restartCount"] == 0,

@@ -69,6 +69,10 @@ impl Container {
             return false;
         };
         let killed_by_nobody_here = exit.status == 128 + SIGKILL && !self.init.was_told_to_die();
+        // A leaf that was killed is no end of its Function's container.
+        if matches!(self.role, Role::Function(_)) && !killed_by_nobody_here {
+            return false;
+        }
         let end = Instant::now() + OOM_TOLD_WITHIN;
         let ask = || match killed_by_nobody_here {
             true => oom.killed(),

@@ -10,12 +10,15 @@ use crate::error::Step;
 /// As readily as it can be (`OOM_SCORE_ADJ_MAX`, include/uapi/linux/oom.h).
 const FIRST: i32 = 1000;
 
+/// Each costs an open file meanwhile.
+const MOST: usize = 16;
+
 /// Processes of a cgroup that are killed first for want of memory: of the cgroup's own, of one above it, or of the machine.
 #[derive(Debug, Default)]
 pub struct Expendable(Vec<(File, i32)>);
 
 impl Expendable {
-    /// Those that are in the cgroup now; none may be running, or what it starts meanwhile is left out. Lowering the score again
+    /// Those that are in the cgroup now, the first few of many; none may be running, or what it starts meanwhile is left out. Lowering the score again
     /// needs `CAP_SYS_RESOURCE` (proc_pid_oom_score_adj(5)).
     ///
     /// # Errors
@@ -24,6 +27,7 @@ impl Expendable {
         let opened: Vec<(i32, String, File)> = cgroup
             .processes()?
             .into_iter()
+            .take(MOST)
             .filter_map(|pid| {
                 let path = format!("/proc/{pid}/oom_score_adj");
                 let file = OpenOptions::new().read(true).write(true).open(&path);
@@ -44,28 +48,36 @@ impl Expendable {
                 continue;
             };
             match write(&file, FIRST) {
+                Ok(()) => expendable.0.push((file, score)),
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-                written => {
-                    written.at("write", path)?;
-                    expendable.0.push((file, score));
+                Err(error) => {
+                    expendable.end()?;
+                    return Err(error).at("write", path);
                 }
             }
         }
         Ok(expendable)
     }
 
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// They are no more so than before. One that has ended is passed over.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses, for one of them at least.
     pub fn end(self) -> Result<()> {
+        let mut ended = Ok(());
         for (file, score) in self.0 {
             match write(&file, score) {
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-                written => written.step("write", "oom_score_adj")?,
+                written => ended = ended.and(written.step("write", "oom_score_adj")),
             }
         }
-        Ok(())
+        ended
     }
 }
 

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use sock_sandbox::Result;
 use sock_sandbox::cgroup::{Cgroup, Expendable};
+use sock_sandbox::{Error, Result};
 
 use super::end::Shortage;
 
@@ -157,7 +157,14 @@ impl LeafCgroup for Below {
     }
 
     fn thaw(&self) -> Result<()> {
-        if let Err(error) = self.expendable.take().end() {
+        let expendable = self.expendable.take();
+        // It may have been a process that the leaf works with, and the leaf be left without.
+        if !expendable.is_empty() && self.place.cgroup.oom_kills() > self.place.killed.get() {
+            return Err(Error::Child(
+                "the kernel has taken a process of it for want of memory".into(),
+            ));
+        }
+        if let Err(error) = expendable.end() {
             tracing::warn!(%error, "a leaf that is needed is still the first to be killed for want of memory");
         }
         self.place.cgroup.resume()

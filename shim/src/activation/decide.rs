@@ -222,6 +222,8 @@ struct LeafState {
     /// Has seen a request.
     used: bool,
     idle_since: Instant,
+    /// It was the one used last when it became idle: the next request gets it.
+    next: bool,
     /// It was made, or kept, for a request that is expected until then.
     kept_until: Option<Instant>,
     frozen: bool,
@@ -308,7 +310,12 @@ impl Dispatcher {
         self.expire(now, &mut actions);
         self.settle(now, &mut actions);
         if self.keeping.learns() {
-            if self.keeping.note(now, self.is_busy()) {
+            let busy = self.is_busy();
+            if self.keeping.note(now, busy) {
+                // Those that were kept for a request were kept for this one.
+                for leaf in self.leaves.values_mut().filter(|_| busy) {
+                    leaf.kept_until = None;
+                }
                 self.expire(now, &mut actions);
             }
             self.look_ahead(now, &mut actions);
@@ -320,11 +327,11 @@ impl Dispatcher {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         let rules = &self.rules;
-        let of_leaves = self.leaves.iter().flat_map(|(name, leaf)| {
+        let of_leaves = self.leaves.values().flat_map(|leaf| {
             let of_stage = match leaf.stage {
                 Stage::Starting { deadline, .. } | Stage::Leaving { deadline } => Some(deadline),
                 Stage::Ready if leaf.held.is_none() => {
-                    let end = self.end_of(*name, leaf);
+                    let end = self.end_of(leaf);
                     let freeze = leaf.idle_since + rules.freeze_after;
                     Some(if leaf.frozen { end } else { freeze.min(end) })
                 }
@@ -380,6 +387,8 @@ impl Dispatcher {
     /// Ends leaves that are idle for so long, and makes none ahead.
     fn give_back(&mut self, now: Instant, idle: Duration, actions: &mut Vec<Action>) {
         self.keeping.forgo();
+        // One that is not even frozen yet would only be forked again.
+        let idle = idle.max(self.rules.freeze_after);
         for leaf in self.idle.clone() {
             let since = self.leaves.get(&leaf).map(|state| state.idle_since);
             if since.is_some_and(|since| since + idle <= now) {
@@ -389,9 +398,9 @@ impl Dispatcher {
     }
 
     /// When an idle leaf ends.
-    fn end_of(&self, leaf: Leaf, state: &LeafState) -> Instant {
-        let next = self.idle.last() == Some(&leaf);
-        self.keeping.end(state.idle_since, next, state.kept_until)
+    fn end_of(&self, leaf: &LeafState) -> Instant {
+        self.keeping
+            .end(leaf.idle_since, leaf.next, leaf.kept_until)
     }
 
     /// Whether a request is under way, or waits.
@@ -462,9 +471,19 @@ impl Dispatcher {
             actions.push(Action::Drain(leaf));
         }
         if state.held.is_none() {
-            state.idle_since = now;
-            self.idle.push(leaf);
+            self.rest(now, leaf);
         }
+    }
+
+    /// The leaf has nothing to do from now on.
+    fn rest(&mut self, now: Instant, leaf: Leaf) {
+        for (name, state) in &mut self.leaves {
+            state.next = *name == leaf;
+        }
+        if let Some(state) = self.leaves.get_mut(&leaf) {
+            state.idle_since = now;
+        }
+        self.idle.push(leaf);
     }
 
     fn began(&mut self, now: Instant, leaf: Leaf, conn: Conn, actions: &mut Vec<Action>) {
@@ -532,8 +551,7 @@ impl Dispatcher {
                     deadline: now + EXIT,
                 };
             } else {
-                state.idle_since = now;
-                self.idle.push(leaf);
+                self.rest(now, leaf);
             }
         }
         held
@@ -635,7 +653,7 @@ impl Dispatcher {
         let Some(state) = self.leaves.get(&leaf) else {
             return;
         };
-        let end = self.end_of(leaf, state);
+        let end = self.end_of(state);
         let Some(state) = self.leaves.get_mut(&leaf) else {
             return;
         };
@@ -815,6 +833,7 @@ impl Dispatcher {
             started: false,
             used: false,
             idle_since: now,
+            next: false,
             kept_until,
             frozen: false,
         };

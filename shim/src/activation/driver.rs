@@ -153,7 +153,7 @@ impl Driver {
             }
             Action::Thaw(leaf) => {
                 if let Some(Err(error)) = self.cgroup(leaf, |cgroup| cgroup.thaw()) {
-                    tracing::warn!(leaf = leaf.0, %error, "a leaf stays frozen");
+                    tracing::warn!(leaf = leaf.0, %error, "a leaf does not go on");
                     self.input(Input::Unruly(leaf));
                 }
             }

@@ -149,6 +149,24 @@ fn connections_take_turns_when_there_are_fewer_leaves() {
 }
 
 #[test]
+fn a_leaf_that_does_not_go_on_is_replaced() {
+    in_pod(|mut pod| async move {
+        pod.config.freeze_after = 50 * MILLI;
+        let activation = pod.start().await;
+        pod.until("the leaf is frozen", || activation.stats().frozen == 1)
+            .await;
+        pod.stuck(true);
+        let mut client = pod.connect(&activation).await;
+        assert_eq!(get(&mut client, "/hello").await.status, 200);
+        pod.stuck(false);
+        pod.until("the former leaf is gone", || activation.stats().leaves == 1)
+            .await;
+        activation.stop(Duration::from_secs(5)).await;
+        pod.nothing_is_left();
+    });
+}
+
+#[test]
 fn idle_leaves_end_while_memory_is_short() {
     in_pod(|mut pod| async move {
         pod.config.freeze_after = 50 * MILLI;

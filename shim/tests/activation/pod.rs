@@ -79,6 +79,7 @@ impl Pod {
             live: RefCell::default(),
             cgroups: Cell::new(0),
             most: Cell::new(0),
+            stuck: Cell::new(false),
         });
         Pod {
             config: FunctionConfig {
@@ -105,6 +106,11 @@ impl Pod {
 
     fn meminfo(&self) -> PathBuf {
         self.directory.path().join("meminfo")
+    }
+
+    /// A leaf that is frozen does not go on, until this is said of none.
+    pub fn stuck(&self, stuck: bool) {
+        self.processes.stuck.set(stuck);
     }
 
     /// What the kernel says from now on of the memory that is available, of a million KiB.
@@ -255,6 +261,8 @@ struct Processes {
     live: RefCell<Vec<(String, Pid)>>,
     cgroups: Cell<usize>,
     most: Cell<usize>,
+    /// No frozen leaf goes on.
+    stuck: Cell<bool>,
 }
 
 impl Processes {
@@ -338,6 +346,9 @@ impl LeafCgroup for Group {
     }
 
     fn thaw(&self) -> sock_sandbox::Result<()> {
+        if self.processes.stuck.get() {
+            return Err(sock_sandbox::Error::Child("stuck".into()));
+        }
         self.processes.signal(&self.name, Signal::CONT);
         Ok(())
     }

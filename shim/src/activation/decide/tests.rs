@@ -335,18 +335,8 @@ fn the_wait_for_the_first_request_says_nothing() {
     );
 }
 
-#[test]
-fn leaves_for_requests_that_come_at_once_end_as_is_said() {
-    let mut bench = Bench::new(learned());
-    for n in 0..30 {
-        bench.request(Conn(n));
-        bench.pass(if n % 3 == 0 {
-            1200 * SECOND
-        } else {
-            SECOND / 10
-        });
-    }
-    // Two at once, from here on.
+/// Two requests at once, each of a leaf of its own, and their end.
+fn two_at_once(bench: &mut Bench) {
     for conn in [A, B] {
         bench.say(Input::Readable(conn));
     }
@@ -369,6 +359,20 @@ fn leaves_for_requests_that_come_at_once_end_as_is_said() {
             bench.say(input);
         }
     }
+}
+
+#[test]
+fn leaves_for_requests_that_come_at_once_end_as_is_said() {
+    let mut bench = Bench::new(learned());
+    for n in 0..30 {
+        bench.request(Conn(n));
+        bench.pass(if n % 3 == 0 {
+            1200 * SECOND
+        } else {
+            SECOND / 10
+        });
+    }
+    two_at_once(&mut bench);
     let done = bench.pass(61 * SECOND);
     let ended: Vec<u128> = done
         .iter()
@@ -376,6 +380,23 @@ fn leaves_for_requests_that_come_at_once_end_as_is_said() {
         .map(|(at, _)| *at)
         .collect();
     assert_eq!(ended, [60_000], "one is kept for the next: {done:?}");
+}
+
+#[test]
+fn the_end_of_the_one_used_last_is_none_of_those_below_it() {
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(600 * SECOND);
+    }
+    two_at_once(&mut bench);
+    let done = bench.pass(61 * SECOND);
+    let ended: Vec<u128> = done
+        .iter()
+        .filter(|(_, action)| matches!(action, Action::End(_)))
+        .map(|(at, _)| *at)
+        .collect();
+    assert_eq!(ended, [1_000, 60_000], "{done:?}");
 }
 
 #[test]
@@ -436,7 +457,8 @@ fn what_is_idle_longest_ends_first_while_memory_is_short() {
         bench.say(Input::Short(11 * SECOND)),
         [Action::Thaw(Leaf(0)), Action::End(Leaf(0))]
     );
-    // One that serves is left alone.
+    // One that is not frozen yet is left alone, and so is one that serves.
+    assert_eq!(bench.dispatcher.census().idle, 1);
     let [Action::Thaw(_), Action::HandOver(C, Leaf(1))] = bench.say(Input::Readable(C))[..] else {
         panic!("{:?}", bench.dispatcher);
     };
