@@ -19,6 +19,9 @@ use crate::process::{Exit, Process};
 use crate::role::Role;
 use crate::task::{Failure, timestamp};
 
+/// What is known of the machine's cgroup hierarchies, until the next boot.
+pub const HIERARCHIES: &str = "/run/sock/hierarchies";
+
 /// All that the shim knows.
 pub struct Pod {
     /// Its containers by ID.
@@ -55,7 +58,7 @@ impl Pod {
         if let Some(found) = self.hierarchies.get() {
             return Ok(found);
         }
-        let found = Hierarchies::detect()?;
+        let found = Hierarchies::known(Path::new(HIERARCHIES))?;
         Ok(self.hierarchies.get_or_init(|| found))
     }
 

@@ -19,7 +19,7 @@ use sock_sandbox::hook::{self, Identity, Kind};
 use crate::crash::{self, Trace};
 use crate::events::Events;
 use crate::log;
-use crate::pod::Pod;
+use crate::pod::{HIERARCHIES, Pod};
 use crate::serve;
 use crate::task::{Jobs, TaskService, timestamp};
 
@@ -68,8 +68,10 @@ fn sandbox(bundle: &Path) -> Result<Option<String>, Error> {
 /// Ends and removes all that is left of a container.
 async fn clean(sandbox: &Path, trace: &Trace) {
     let mut killed = BTreeSet::new();
-    if let (Ok(location), Ok(hierarchies)) = (Location::parse(&trace.cgroup), Hierarchies::detect())
-    {
+    if let (Ok(location), Ok(hierarchies)) = (
+        Location::parse(&trace.cgroup),
+        Hierarchies::known(Path::new(HIERARCHIES)),
+    ) {
         let cgroup = Cgroup::at(&hierarchies, &location);
         for _ in 0..100 {
             killed.extend(cgroup.processes().into_iter().flatten());

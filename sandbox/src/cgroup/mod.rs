@@ -6,6 +6,7 @@
 
 mod devices;
 mod expendable;
+mod known;
 mod limits;
 mod oom;
 mod systemd;
