@@ -82,9 +82,7 @@ def steps(profile: list[list]) -> str:
 
 
 def tiers(worth: list[dict]) -> str:
-    lines = [
-        f"| {one['tiers']} | {one['means']} | {one['n']} | {one['p50']:.2f} | {one['p99']:.2f} |" for one in worth
-    ]
+    lines = [f"| {one['tiers']} | {one['means']} | {one['n']} | {one['p50']:.2f} | {one['p99']:.2f} |" for one in worth]
     return "\n".join(["| tiers | a request meets | n | p50, ms | p99, ms |", "|---|---|---|---|---|", *lines])
 
 
