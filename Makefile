@@ -52,7 +52,7 @@ unit: payload ## unit tests and, as root, the integration tests that need no clu
 fuzz: rust ## what nobody has written down, to every parser: FUZZ_SECONDS=60 for each target of fuzz/
 	.ci/fuzz
 
-guest: rust ## the sandbox's integration tests in a guest with cgroup v2
+guest: rust ## integration tests of sandbox and shim in a guest with cgroup v2
 	e2e/guest/test
 
 test-images: cluster
