@@ -18,8 +18,8 @@ const MOST: usize = 16;
 pub struct Expendable(Vec<(File, i32)>);
 
 impl Expendable {
-    /// Those that are in the cgroup now, the first few of many; none may be running, or what it starts meanwhile is left out. Lowering the score again
-    /// needs `CAP_SYS_RESOURCE` (proc_pid_oom_score_adj(5)).
+    /// Those that are in the cgroup now, the first few of many; none may be running, or what it starts meanwhile is left out.
+    /// Lowering the score again needs `CAP_SYS_RESOURCE` (proc_pid_oom_score_adj(5)).
     ///
     /// # Errors
     /// They cannot be listed, or the kernel refuses.

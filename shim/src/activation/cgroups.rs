@@ -152,7 +152,12 @@ impl LeafCgroup for Below {
     fn freeze(&self) -> Result<()> {
         self.place.cgroup.suspend()?;
         // A leaf that does nothing is only worth the time that its fork takes.
-        *self.expendable.borrow_mut() = Expendable::make(&self.place.cgroup)?;
+        match Expendable::make(&self.place.cgroup) {
+            Ok(expendable) => *self.expendable.borrow_mut() = expendable,
+            Err(error) => {
+                tracing::warn!(%error, "a leaf that nobody needs is not the first to be killed for want of memory");
+            }
+        }
         Ok(())
     }
 

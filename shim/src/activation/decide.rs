@@ -331,7 +331,7 @@ impl Dispatcher {
             let of_stage = match leaf.stage {
                 Stage::Starting { deadline, .. } | Stage::Leaving { deadline } => Some(deadline),
                 Stage::Ready if leaf.held.is_none() => {
-                    let end = self.end_of(leaf);
+                    let end = leaf.end(&self.keeping);
                     let freeze = leaf.idle_since + rules.freeze_after;
                     Some(if leaf.frozen { end } else { freeze.min(end) })
                 }
@@ -395,12 +395,6 @@ impl Dispatcher {
                 self.end(now, leaf, actions);
             }
         }
-    }
-
-    /// When an idle leaf ends.
-    fn end_of(&self, leaf: &LeafState) -> Instant {
-        self.keeping
-            .end(leaf.idle_since, leaf.next, leaf.kept_until)
     }
 
     /// Whether a request is under way, or waits.
@@ -650,10 +644,6 @@ impl Dispatcher {
     }
 
     fn expire_leaf(&mut self, now: Instant, leaf: Leaf, actions: &mut Vec<Action>) {
-        let Some(state) = self.leaves.get(&leaf) else {
-            return;
-        };
-        let end = self.end_of(state);
         let Some(state) = self.leaves.get_mut(&leaf) else {
             return;
         };
@@ -672,7 +662,7 @@ impl Dispatcher {
                 self.kill(leaf, Answer::Crashed, actions);
             }
             Stage::Ready if state.held.is_none() => {
-                if end <= now {
+                if state.end(&self.keeping) <= now {
                     self.end(now, leaf, actions);
                 } else if !state.frozen && state.idle_since + self.rules.freeze_after <= now {
                     state.frozen = true;
@@ -843,6 +833,11 @@ impl Dispatcher {
 }
 
 impl LeafState {
+    /// When it ends if it stays idle.
+    fn end(&self, keeping: &Keeping) -> Instant {
+        keeping.end(self.idle_since, self.next, self.kept_until)
+    }
+
     fn is_starting(&self) -> bool {
         matches!(self.stage, Stage::Starting { .. })
     }

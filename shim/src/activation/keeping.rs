@@ -98,15 +98,16 @@ impl Keeping {
         true
     }
 
-    /// When a leaf ends that is idle since then. `next`: it is the one that the next request gets; `until`: how long one is
-    /// kept that was made ahead.
+    /// When a leaf ends that is idle since then. `next`: it is the one that the next request gets; `until`: it is kept at least
+    /// until then for a request that is expected.
     pub(super) fn end(&self, idle_since: Instant, next: bool, until: Option<Instant>) -> Instant {
         let kept = match (self.rest, self.plan.prewarm) {
             (Rest::Since(_), None) if next => self.plan.end,
             (Rest::Since(_), Some(_)) if next => self.least,
             _ => self.end_after,
         };
-        until.unwrap_or(idle_since + kept)
+        let end = idle_since + kept;
+        until.map_or(end, |until| until.max(end))
     }
 
     /// When a leaf is made ahead.

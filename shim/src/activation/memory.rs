@@ -1,7 +1,7 @@
 //! What idle leaves hold, given back while the node has little memory left. Sooner, and so in a moment's want, the kernel takes it
 //! itself (`sock_sandbox::cgroup::Expendable`); this is before kubelet evicts a whole pod for it.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ const LOOK_EVERY: (Duration, Duration) = (Duration::from_secs(3), Duration::from
 const SHORT: (u64, u64) = (20, 1 << 20);
 
 /// Looks at `meminfo` (proc_meminfo(5)) as long as leaves are frozen, for ever.
-pub(super) async fn watch(driver: Rc<Driver>, meminfo: &Path) {
+pub(super) async fn watch(driver: Rc<Driver>, meminfo: PathBuf) {
     loop {
         driver.froze.notified().await;
         let mut looks = 0;
@@ -27,7 +27,7 @@ pub(super) async fn watch(driver: Rc<Driver>, meminfo: &Path) {
                 _ => LOOK_EVERY.1,
             };
             tokio::time::sleep(until_next(now(), every)).await;
-            let text = std::fs::read_to_string(meminfo).unwrap_or_default();
+            let text = std::fs::read_to_string(&meminfo).unwrap_or_default();
             if !is_short(&text) {
                 looks = 0;
                 continue;

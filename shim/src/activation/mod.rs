@@ -208,9 +208,7 @@ impl Activation {
             oom_score_adj,
         ));
         let timer = tokio::task::spawn_local(Rc::clone(&driver).keep_time());
-        let watched = Rc::clone(&driver);
-        let memory =
-            tokio::task::spawn_local(async move { memory::watch(watched, &meminfo).await });
+        let memory = tokio::task::spawn_local(memory::watch(Rc::clone(&driver), meminfo));
         let activation = Activation {
             driver,
             port,

@@ -44,7 +44,10 @@ impl Files {
 
     /// A file of one number; `max` is `unlimited`.
     fn number(&self, name: &str, unlimited: u64) -> u64 {
-        number(self.text(name).trim(), unlimited)
+        match self.text(name).trim() {
+            "max" => unlimited,
+            text => text.parse().unwrap_or(0),
+        }
     }
 
     /// A file of lines `KEY VALUE` (cgroup-v2.rst, "Flat keyed").
@@ -92,13 +95,6 @@ impl Files {
             ))
         };
         self.text(name).lines().filter_map(of).collect()
-    }
-}
-
-fn number(text: &str, unlimited: u64) -> u64 {
-    match text {
-        "max" => unlimited,
-        text => text.parse().unwrap_or(0),
     }
 }
 

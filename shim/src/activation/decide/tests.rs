@@ -400,6 +400,23 @@ fn the_end_of_the_one_used_last_is_none_of_those_below_it() {
 }
 
 #[test]
+fn one_that_is_there_for_an_expected_request_is_not_ended_sooner_for_that() {
+    let mut bench = Bench::new(learned());
+    for n in 0..9 {
+        bench.request(Conn(n));
+        bench.pass(5 * SECOND);
+    }
+    two_at_once(&mut bench);
+    let done = bench.pass(61 * SECOND);
+    let ended: Vec<u128> = done
+        .iter()
+        .filter(|(_, action)| matches!(action, Action::End(_)))
+        .map(|(at, _)| *at)
+        .collect();
+    assert_eq!(ended, [1_000, 60_000], "{done:?}");
+}
+
+#[test]
 fn nobody_looks_ahead_while_the_pod_stops_or_handlers_fail() {
     let mut bench = Bench::new(learned());
     for n in 0..9 {
