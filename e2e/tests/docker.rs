@@ -36,7 +36,12 @@ clean() {
   [ -z "$all" ] || on rm --force $all >/dev/null
   stop
   ip link delete docker0
-  for namespace in moby plugins.moby; do ctr namespaces remove $namespace >/dev/null 2>&1; done
+  for namespace in moby plugins.moby; do
+    ctr namespaces remove $namespace >/dev/null 2>&1
+    # containerd keeps a namespace's directories when it removes the namespace. What is in them stays, and is seen.
+    rmdir /run/containerd/io.containerd.runtime.v2.task/$namespace /var/lib/containerd/io.containerd.runtime.v2.task/$namespace \
+      2>/dev/null
+  done
   find /sys/fs/cgroup -depth -type d -path '*/sock-docker*' -exec rmdir {} \; 2>/dev/null
   rm -rf $at/root $at/run $at/docker.sock $at/volume $at/file $at/log $at/image.tar
 }
