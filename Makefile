@@ -3,7 +3,7 @@
 CLUSTER ?= sock
 export CLUSTER
 
-.PHONY: help rust demo bench simulate faults soak cycles build payload extension images cluster install plugin lint unit fuzz guest e2e e2e-faults e2e-guest test-images test clean distclean
+.PHONY: help rust demo bench workload simulate faults soak cycles build payload extension images cluster install plugin lint unit fuzz guest e2e e2e-faults e2e-guest test-images test clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +20,17 @@ bench: install ## figures beside those of peers: a table, and target/bench.json
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench run
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench tree
 	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench tiers
+	$(MAKE) workload
+
+workload: install plugin ## sixty Functions on thirty PackageSets, with a tree of zygotes and without: a part of bench
+	cargo build --locked --release -p sock-bench
+	e2e/images/build target/archives/workload workload-wheels
+	e2e/cluster/load target/archives/workload/*.tar
+	eval "$$(e2e/cluster/env)" && $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/sock-bench workload $(WORKLOAD)
+
+plugin: rust ## kubectl-sock, a plugin of kubectl: put it on PATH
+	cargo build --locked --release -p sock-plan
+	@echo $(or $(CARGO_TARGET_DIR),target)/x86_64-unknown-linux-musl/release/kubectl-sock
 
 simulate: rust ## days of requests under different policies for idle leaves: a table, and target/simulate.json; SIMULATE="--days 14"
 	cargo build --locked --release -p sock-bench

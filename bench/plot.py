@@ -3,7 +3,7 @@
 
 plot.py BENCH_JSON DOCS: writes DOCS/figures.svg, and the tables in DOCS/performance.md between their marks. The steps
 of a container's start are taken from start.json beside BENCH_JSON, what each tier is worth from tiers.json, which
-DOCS/tiers.svg shows.
+DOCS/tiers.svg shows; DOCS/workload.svg shows the systems of `tree_workload`.
 """
 
 import json
@@ -67,6 +67,57 @@ def picture(title: str, rows: list[tuple[str, list[tuple[float, str]]]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+WORKLOAD = "Many Functions on many PackageSets: memory of the zygotes, and requests that are answered (both logarithmic)"
+
+
+def plane(systems: list[dict]) -> str:
+    """Points: memory from left to right, throughput from below."""
+    places = [(max(one["pss"], 1), one["per_second"]) for one in systems]
+    bounds = [(math.floor(math.log10(min(all_of_it))), math.ceil(math.log10(max(all_of_it)))) for all_of_it in zip(*places)]
+    height, left, bottom = 380, 70, 60
+
+    def at(place: tuple[float, float]) -> tuple[float, float]:
+        share = [(math.log10(value) - low) / (high - low) for value, (low, high) in zip(place, bounds)]
+        return left + (WIDTH - left - RIGHT) * share[0], height - bottom - (height - bottom - TOP) * share[1]
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
+        ' font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="16" y="26" font-size="16" fill="{TEXT}">{WORKLOAD}</text>',
+    ]
+    (low, high), (lowest, highest) = bounds
+    for power in range(low, high + 1):
+        x, _ = at((10**power, 10**lowest))
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{height - bottom}" stroke="#e2e8f0"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle" fill="{TEXT}">{10**power:,} MB</text>')
+    for power in range(lowest, highest + 1):
+        _, y = at((10**low, 10**power))
+        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e2e8f0"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{TEXT}">{10**power:,}/s</text>')
+    for one, place in zip(systems, places):
+        x, y = at(place)
+        ours = one["system"] == "tree"
+        end = x > WIDTH * 0.6
+        words = f"{one['system']}: {one['per_second']:.3g}/s, {one['pss']:,.0f} MB"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{OURS if ours else PEER}"/>')
+        parts.append(
+            f'<text x="{x + (12 if not end else -12):.1f}" y="{y + (22 if ours else -12):.1f}"'
+            f' text-anchor="{"end" if end else "start"}" fill="{OURS if ours else PEER}">{escape(words)}</text>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def workload(systems: list[dict]) -> str:
+    lines = [
+        f"| {one['system']} | {one['zygotes']} | {one['depth']} | {one['pss']:,.0f} | {one['per_second']:.1f} "
+        f"| {one['n']:,} | {one['p50']:,.2f} | {one['p99']:,.2f} |"
+        for one in systems
+    ]
+    head = "| system | zygotes | depth | PSS, MB | requests/s | n | p50, ms | p99, ms |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *lines])
+
+
 def table(figures: list[dict]) -> str:
     lines = ["| name | unit | n | p50 | p99 | peer p50 | ratio | peer |", "|---|---|---|---|---|---|---|---|"]
     for row in figures:
@@ -107,7 +158,12 @@ def machine() -> str:
 def main() -> None:
     source, docs = Path(sys.argv[1]), Path(sys.argv[2])
     figures, page = json.loads(source.read_text()), docs / "performance.md"
+    systems = next((one["systems"] for one in figures if "systems" in one), [])
+    figures = [one for one in figures if "systems" not in one]
     text = between(page.read_text(), "figures", f"{machine()}\n\n{table(figures)}")
+    if systems:
+        text = between(text, "workload", workload(systems))
+        (docs / "workload.svg").write_text(plane(systems))
     start = source.with_name("start.json")
     # An older one is of another run.
     if start.exists() and start.stat().st_mtime >= source.stat().st_mtime:

@@ -39,6 +39,18 @@ pub fn apply(objects: &[Value]) -> Result<()> {
     Ok(())
 }
 
+/// Objects that are written as YAML.
+///
+/// # Errors
+/// If something else is.
+pub fn as_json(yaml: &[u8]) -> Result<Vec<Value>> {
+    let arguments = ["create", "--dry-run=client", "-o", "json", "-f", "-"];
+    let text = run("kubectl", &arguments, Some(yaml))?;
+    let objects = serde_json::Deserializer::from_str(&text).into_iter();
+    let objects: serde_json::Result<Vec<Value>> = objects.collect();
+    objects.context("what kubectl makes of YAML")
+}
+
 /// An object, or a list, as the API server has it.
 ///
 /// # Errors

@@ -19,6 +19,7 @@ mod table;
 mod tiers;
 mod trace;
 mod tree;
+mod workload;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -36,6 +37,8 @@ const USAGE: &str = "usage:
       the memory of zygotes that descend from one another, beside one that does not
   sock-bench tiers [--requests N] [--out FILE] [--keep]
       a request with all tiers of caches, and without one more of them each time
+  sock-bench workload [--functions N] [--sets N] [--seconds N] [--seed N] [--memory QUANTITY] [--plan FILE] [--out FILE] [--keep]
+      many Functions on many PackageSets: a tree of zygotes beside one zygote for each set, one for all, and none
   sock-bench simulate [--functions N] [--days N] [--seed N] [--trace FILE]... [--out FILE]
       days of requests under different policies for idle leaves; recorded days (Azure Functions Trace 2019) by --trace, one a file
   sock-bench demo NAMESPACE REQUESTS
@@ -60,6 +63,7 @@ fn command(mut arguments: impl Iterator<Item = String>) -> Result<()> {
         Some("faults") => faults::run(&faults_options(arguments)?),
         Some("tree") => tree::run(&tree_options(arguments)?),
         Some("tiers") => tiers::run(&tiers_options(arguments)?),
+        Some("workload") => workload::run(&workload_options(arguments)?),
         Some("simulate") => simulate::run(&simulate_options(arguments)?),
         Some("demo") => match (arguments.next(), arguments.next()) {
             (Some(namespace), Some(requests)) => demo::run(&namespace, requests.as_ref()),
@@ -152,6 +156,34 @@ fn tiers_options(mut arguments: impl Iterator<Item = String>) -> Result<tiers::O
                 options.requests = count(&option, &value_of(&option, &mut arguments)?)?;
             }
             "--out" => options.out = value_of(&option, &mut arguments)?.into(),
+            "--keep" => options.keep = true,
+            _ => bail!("unknown option {option}\n{USAGE}"),
+        }
+    }
+    Ok(options)
+}
+
+fn workload_options(mut arguments: impl Iterator<Item = String>) -> Result<workload::Options> {
+    let mut options = workload::Options {
+        functions: 60,
+        sets: 30,
+        seconds: 60,
+        seed: 1,
+        memory: None,
+        plan: std::env::current_exe()?.with_file_name("kubectl-sock"),
+        out: "target/bench.json".into(),
+        keep: false,
+    };
+    while let Some(option) = arguments.next() {
+        let mut value = || value_of(&option, &mut arguments);
+        match &*option {
+            "--functions" => options.functions = count(&option, &value()?)?,
+            "--sets" => options.sets = count(&option, &value()?)?,
+            "--seconds" => options.seconds = count(&option, &value()?)?,
+            "--seed" => options.seed = count(&option, &value()?)? as u64,
+            "--memory" => options.memory = Some(value()?),
+            "--plan" => options.plan = value()?.into(),
+            "--out" => options.out = value()?.into(),
             "--keep" => options.keep = true,
             _ => bail!("unknown option {option}\n{USAGE}"),
         }

@@ -20,6 +20,19 @@ impl Samples {
         self.0.len()
     }
 
+    /// All together.
+    #[must_use]
+    pub fn sum(&self) -> f64 {
+        self.0.iter().sum()
+    }
+
+    /// Of all.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "there are far fewer than 2^52")]
+    pub fn mean(&self) -> f64 {
+        self.sum() / self.0.len() as f64
+    }
+
     /// The smallest sample that at least `percent` of all samples do not exceed (the nearest-rank
     /// percentile: always a value that was measured, never one between two).
     #[must_use]
@@ -95,6 +108,11 @@ mod tests {
         assert_eq!(one_to(3).percentile(99), 3.0);
         assert_eq!(one_to(1).percentile(0), 1.0);
         assert_eq!(one_to(7).percentile(100), 7.0);
+    }
+
+    #[test]
+    fn a_mean_is_of_all() {
+        assert_eq!((one_to(3).sum(), one_to(3).mean()), (6.0, 2.0));
     }
 
     #[test]

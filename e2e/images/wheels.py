@@ -3,17 +3,21 @@
 
     wheels.py pin NAME...                      prints `name==version --hash=sha256:...` for all that these need
     wheels.py index WHEELS ROOT REQUIREMENTS...  downloads what the files pin into WHEELS, lays a simple index into ROOT
+    wheels.py needs WHEELS REQUIREMENTS          prints as JSON which of the projects that the file pins each of them needs
 
 A download happens once, through the machine's own pip; what is in WHEELS already is not asked for again.
 """
 
 import hashlib
 import html
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+from email.parser import HeaderParser
 from pathlib import Path
 
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"]
@@ -32,9 +36,13 @@ def digest(wheel: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def normalized(name: str) -> str:
+    """As PEP 503 has it in addresses."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def project(wheel: Path) -> str:
-    """The normalized name of the wheel's project, as PEP 503 has it in addresses."""
-    return re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower()
+    return normalized(wheel.name.split("-")[0])
 
 
 def pin(names: list[str]) -> None:
@@ -46,6 +54,24 @@ def pin(names: list[str]) -> None:
 
 def pinned(requirements: list[Path]) -> set[str]:
     return {found for file in requirements for found in re.findall(r"--hash=sha256:([0-9a-f]{64})", file.read_text())}
+
+
+def needed(wheel: Path) -> set[str]:
+    """Projects that the wheel's metadata asks for on the machine of the tests, without its extras."""
+    from pip._vendor.packaging.requirements import Requirement
+
+    target = {"python_version": "3.13", "python_full_version": "3.13.0", "extra": ""}
+    with zipfile.ZipFile(wheel) as content:
+        path = next(name for name in content.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        metadata = HeaderParser().parsestr(content.read(path).decode())
+    all_of_it = map(Requirement, metadata.get_all("Requires-Dist", []))
+    return {normalized(one.name) for one in all_of_it if one.marker is None or one.marker.evaluate(target)}
+
+
+def needs(wheels: Path, requirements: Path) -> None:
+    wanted = pinned([requirements])
+    found = {project(wheel): sorted(needed(wheel)) for wheel in wheels.glob("*.whl") if digest(wheel) in wanted}
+    print(json.dumps(dict(sorted(found.items())), indent=1))
 
 
 def index(wheels: Path, root: Path, requirements: list[Path]) -> None:
@@ -88,6 +114,8 @@ def main() -> None:
             pin(names)
         case ["index", wheels, root, *requirements] if requirements:
             index(Path(wheels), Path(root), [Path(file) for file in requirements])
+        case ["needs", wheels, requirements]:
+            needs(Path(wheels), Path(requirements))
         case _:
             sys.exit(__doc__)
 

@@ -7,6 +7,7 @@ pub mod first_answer;
 pub mod kill;
 pub mod load;
 pub mod memory;
+pub mod mix;
 mod ports;
 mod processes;
 pub mod rate;
@@ -28,6 +29,7 @@ pub fn run(job: &str) -> Result<()> {
         "call" => answer(|asked| load::call(&asked)),
         "load" => answer(|asked| load::run(&asked)),
         "rate" => answer(|asked| rate::run(&asked)),
+        "mix" => answer(|asked| mix::run(&asked)),
         "forks" => answer(|asked| rate::forks(&asked)),
         "fork-loop" => answer(|asked| rate::fork_loop(&asked)),
         "first-answer" => answer(|asked| first_answer::run(&asked)),
