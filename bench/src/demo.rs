@@ -214,6 +214,7 @@ fn right_answer(node: &Equipped, pod: &Pod, call: &Call) -> Result<Request> {
         path: call.path.clone(),
         body: call.body.clone(),
         expect: String::new(),
+        part: String::new(),
     };
     let expect = node.job("call", &load(pod, request.clone(), Connections::New, 0, 1))?;
     Ok(Request { expect, ..request })

@@ -24,6 +24,9 @@ pub struct Request {
     pub body: String,
     /// The body of the right answer: compared as JSON if it is JSON, else as text.
     pub expect: String,
+    /// Which part of a JSON body that is (RFC 6901), for servers that wrap what a handler returns; empty for all of it.
+    #[serde(default)]
+    pub part: String,
 }
 
 /// A request with its number put in.
@@ -31,6 +34,7 @@ pub struct Request {
 pub struct Numbered {
     bytes: Vec<u8>,
     expect: String,
+    part: String,
 }
 
 impl Request {
@@ -48,6 +52,7 @@ impl Request {
         Numbered {
             bytes: bytes.into_bytes(),
             expect: put(&self.expect),
+            part: self.part.clone(),
         }
     }
 }
@@ -59,7 +64,7 @@ impl Numbered {
         let body = String::from_utf8_lossy(&answer.body);
         let value = serde_json::from_str::<serde_json::Value>;
         let right = match (value(&self.expect), value(&body)) {
-            (Ok(expected), Ok(got)) => expected == got,
+            (Ok(expected), Ok(got)) => got.pointer(&self.part) == Some(&expected),
             _ => self.expect == body,
         };
         if answer.status != 200 || !right {
@@ -218,6 +223,7 @@ mod tests {
             path: "/?request={n}".to_owned(),
             body: "{\"n\":\"{n}\"}".to_owned(),
             expect: "{\"n\": \"{n}\"}".to_owned(),
+            part: String::new(),
         }
     }
 
@@ -261,6 +267,24 @@ mod tests {
         assert!(seventh.check(&answer(200, "{\"n\":\"8\"}")).is_err());
         assert!(seventh.check(&answer(500, "{\"n\":\"7\"}")).is_err());
         assert!(seventh.check(&answer(200, "")).is_err());
+    }
+
+    #[test]
+    fn a_part_of_an_answer_may_be_what_counts() {
+        let wrapped = Request {
+            part: "/result".to_owned(),
+            ..request()
+        };
+        let answer = |body: &str| Answer {
+            status: 200,
+            body: body.as_bytes().to_vec(),
+            last: false,
+        };
+        let seventh = wrapped.number(7);
+        let right = r#"{"id": 1, "result": {"n": "7"}}"#;
+        seventh.check(&answer(right)).unwrap();
+        assert!(seventh.check(&answer(r#"{"n": "7"}"#)).is_err());
+        assert!(request().number(7).check(&answer(right)).is_err());
     }
 
     #[test]

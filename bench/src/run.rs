@@ -170,12 +170,14 @@ impl Code {
                 path: "/?request={n}".to_owned(),
                 body: String::new(),
                 expect: r#"{"hello": "{n}"}"#.to_owned(),
+                part: String::new(),
             },
             Code::Predict => Request {
                 method: "POST".to_owned(),
                 path: "/".to_owned(),
                 body: r#"{"request": {n}, "lengths": [1.4, 4.7, 6.0]}"#.to_owned(),
                 expect: r#"{"request": {n}, "widths": [0.219, 1.591, 2.131]}"#.to_owned(),
+                part: String::new(),
             },
         }
     }

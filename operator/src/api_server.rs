@@ -422,7 +422,10 @@ impl Target {
             rest => ("", rest),
         };
         let word = |at: usize| rest.get(at).copied().unwrap_or_default().to_owned();
-        let decode = |text: &str| text.replace("%3D", "=").replace("%2F", "/");
+        let decode = |text: &str| {
+            let text = text.replace("%3D", "=").replace("%2F", "/");
+            text.replace("%21", "!")
+        };
         Self {
             plural: word(0),
             namespace: namespace.to_owned(),
@@ -457,7 +460,13 @@ impl Target {
                     Some((label, value)) => metadata["labels"][label] == value,
                     None => metadata["labels"].get(selector).is_some(),
                 });
-        label && (self.namespace.is_empty() || metadata["namespace"] == *self.namespace)
+        let field = self.query.get("fieldSelector").is_none_or(|selector| {
+            let Some((path, value)) = selector.split_once("!=") else {
+                panic!("this server knows no field selector like {selector}");
+            };
+            object.pointer(&format!("/{}", path.replace('.', "/"))) != Some(&json!(value))
+        });
+        label && field && (self.namespace.is_empty() || metadata["namespace"] == *self.namespace)
     }
 
     /// An object as it was asked for.

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::core::{NamespaceResourceScope, PartialObjectMeta};
@@ -275,12 +275,31 @@ impl Context {
             + Debug,
     {
         let selector = ListParams::default().labels(&format!("{label}={value}"));
-        Ok(self
-            .api::<K>(namespace)
-            .list_metadata(&selector)
-            .await
-            .map_err(at::<K>("list", value))?
-            .items)
+        self.select(namespace, &selector, value).await
+    }
+
+    /// The metadata of the pods that the operator's objects have made. Those that have ended for good run on nothing.
+    pub async fn list_pods(&self, namespace: &str) -> Result<Vec<PartialObjectMeta<Pod>>, Error> {
+        let selector = ListParams::default()
+            .labels(&format!("app.kubernetes.io/managed-by={FIELD_MANAGER}"))
+            .fields("status.phase!=Failed");
+        self.select(namespace, &selector, FIELD_MANAGER).await
+    }
+
+    async fn select<K>(
+        &self,
+        namespace: &str,
+        selector: &ListParams,
+        what: &str,
+    ) -> Result<Vec<PartialObjectMeta<K>>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + Debug,
+    {
+        let list = self.api::<K>(namespace).list_metadata(selector).await;
+        Ok(list.map_err(at::<K>("list", what))?.items)
     }
 
     /// The UID of a namespace; none if it is going away.

@@ -46,6 +46,12 @@ pub fn is_ready(pod: &Pod) -> bool {
         })
 }
 
+/// Whether it has ended for good: kubelet refused or evicted it, or its node went down.
+pub fn has_failed(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    status.and_then(|status| status.phase.as_deref()) == Some("Failed")
+}
+
 /// The ConfigMaps that pods mount.
 pub fn mounted(pods: &[Pod]) -> BTreeSet<String> {
     pods.iter()
@@ -83,7 +89,7 @@ pub fn failure(pod: &Pod) -> Option<String> {
         return condition.message.as_deref().map(line);
     }
     // Refused by kubelet before any container was made.
-    (status.phase.as_deref() == Some("Failed")).then(|| {
+    has_failed(pod).then(|| {
         let reason = status.reason.as_deref().unwrap_or("Failed");
         format!(
             "{reason}: {}",

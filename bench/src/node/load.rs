@@ -193,6 +193,7 @@ mod tests {
             path: "/{n}".to_owned(),
             body: String::new(),
             expect: "/{n}".to_owned(),
+            part: String::new(),
         };
         Load {
             address,

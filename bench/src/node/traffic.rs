@@ -175,6 +175,7 @@ fn fate(target: &Target, number: usize, client: &Client) -> Fate {
         path: "/?request={n}".to_owned(),
         body: String::new(),
         expect: String::new(),
+        part: String::new(),
     };
     let open = || {
         let stream = client.ports.connect(target.address, CONNECTED_WITHIN)?;

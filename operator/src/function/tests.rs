@@ -311,3 +311,55 @@ fn an_import_that_fails_is_what_the_conditions_say() {
         );
     }
 }
+
+/// What a node that was away, or was short of something, leaves of a pod: whoever looks at it sees why, and a ReplicaSet has made
+/// another one. It stays until somebody deletes it.
+#[test]
+fn a_pod_that_was_replaced_is_no_failure_of_the_function() {
+    let function = inline();
+    let verdict = judged(&function, None, Some(ready_set("True")));
+    let mut deployment = build::build(&function, "t", &verdict).deployment.unwrap();
+    let template = deployment.spec.as_ref().unwrap().template.clone();
+    let pod = |name: &str, status: Value| -> Pod {
+        serde_json::from_value(json!({
+            "metadata": { "name": name, "annotations": template.metadata.as_ref().unwrap().annotations },
+            "spec": template.spec, "status": status,
+        }))
+        .unwrap()
+    };
+    let ended = [
+        json!({ "phase": "Failed", "reason": "NodeAffinity", "message": "Pod was rejected" }),
+        json!({
+            "phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory.",
+            "containerStatuses": [{
+                "name": "function", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": { "terminated": { "exitCode": 137, "reason": "Error" } },
+            }],
+        }),
+    ];
+    let ready =
+        json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": "True" }] });
+    for (status, count, reason) in [
+        (ready, 1, "Serving"),
+        (json!({ "phase": "Pending" }), 0, "StartFailed"),
+    ] {
+        deployment.status = serde_json::from_value(json!({
+            "replicas": 1, "updatedReplicas": 1, "readyReplicas": count, "observedGeneration": 1,
+        }))
+        .unwrap();
+        for ended in &ended {
+            let observed = update_status::Observed {
+                deployment: Some(deployment.clone()),
+                pods: vec![
+                    pod("hello-1", ended.clone()),
+                    pod("hello-2", status.clone()),
+                ],
+                failed: None,
+            };
+            let status = update_status::status(&function, &verdict, &observed, Timestamp::now());
+            let found = crate::condition::find(&status.conditions, "Ready").unwrap();
+            assert_eq!(found.reason, reason, "{}", found.message);
+            assert_eq!(status.failures.is_empty(), count == 1);
+        }
+    }
+}

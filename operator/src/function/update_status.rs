@@ -44,7 +44,6 @@ pub fn status(
         .iter()
         .filter(|pod| is_current(pod, observed.deployment.as_ref()))
         .collect();
-    let failures = failures(current.iter().copied());
     let rollout = Rollout {
         wanted: function.spec.replicas,
         ready: counts.ready_replicas.unwrap_or(0),
@@ -58,6 +57,13 @@ pub fn status(
         }),
         current_ready: current.iter().any(|pod| crate::pods::is_ready(pod)),
     };
+    // Of one that has ended for good there is another by then; itself it stays until somebody deletes it.
+    let failures = failures(
+        current
+            .iter()
+            .copied()
+            .filter(|pod| !(rollout.is_complete() && crate::pods::has_failed(pod))),
+    );
     let handler = handler(&rollout, &failures, &function.spec.handler);
     let ready = ready(&rollout, verdict, &failures, observed);
     let findings = [
@@ -127,6 +133,13 @@ struct Rollout {
     current_ready: bool,
 }
 
+impl Rollout {
+    /// As many pods as are wanted are ready, and are of the present template.
+    fn is_complete(&self) -> bool {
+        self.seen && self.ready >= self.wanted && self.updated >= self.wanted
+    }
+}
+
 fn handler(rollout: &Rollout, failures: &[NodeFailure], handler: &str) -> Finding {
     const TYPE: &str = "HandlerImported";
     if rollout.current_ready {
@@ -168,10 +181,9 @@ fn ready(
         wanted,
         ready,
         updated,
-        seen,
         ..
     } = *rollout;
-    if seen && ready >= wanted && updated >= wanted && failures.is_empty() {
+    if rollout.is_complete() && failures.is_empty() {
         let message = if wanted == 0 {
             "spec.replicas is 0: nothing answers".into()
         } else {

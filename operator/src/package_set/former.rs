@@ -12,7 +12,7 @@ use super::dereference::Found;
 use super::validate::Wanted;
 use crate::cluster::{Context, Error};
 use crate::condition::Finding;
-use crate::contract::{FIELD_MANAGER, FUNCTION_LABEL, POOL_LABEL, Version, annotation, short};
+use crate::contract::{FUNCTION_LABEL, POOL_LABEL, Version, annotation, short};
 
 /// The condition that says whether one pool is left.
 pub const CONDITION: &str = "RolledOut";
@@ -63,9 +63,7 @@ pub async fn users(
         return Ok(Users::new());
     }
     let namespace = set.namespace().unwrap_or_default();
-    let pods = context
-        .list_metadata::<Pod>(&namespace, "app.kubernetes.io/managed-by", FIELD_MANAGER)
-        .await?;
+    let pods = context.list_pods(&namespace).await?;
     Ok(users_among(&pods, &set.name_any()))
 }
 

@@ -230,6 +230,10 @@ async fn a_former_pool_goes_with_the_last_pod_that_runs_on_it() {
     for name in ["a", "b"] {
         server.put(function(name, &digest(&server)));
     }
+    // It was evicted, and stays until somebody deletes it.
+    let mut evicted = function("evicted", &digest(&server));
+    evicted["status"] = json!({ "phase": "Failed", "reason": "Evicted" });
+    server.put(evicted);
     pass(10).await;
     server.edit("packagesets", "science", |set| {
         set["spec"]["imports"] = json!(["six", "json"]);
