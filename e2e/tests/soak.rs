@@ -1,4 +1,4 @@
-//! Twenty Functions under mixed load for `SOAK_SECONDS` (180), every answer checked, and then an account of what
+//! Twenty Functions under mixed load for `SOAK_SECONDS` (300), every answer checked, and then an account of what
 //! shims, zygotes and nodes have kept. It looks at whole nodes, so nothing else may run beside it.
 
 use std::collections::BTreeMap;
@@ -117,7 +117,7 @@ fn many_functions_under_load_keep_nothing() -> Result<()> {
     let seconds = std::env::var("SOAK_SECONDS")
         .ok()
         .and_then(|text| text.parse().ok());
-    let time = Duration::from_secs(seconds.unwrap_or(180));
+    let time = Duration::from_secs(seconds.unwrap_or(300));
     let nodes = workers()?;
     let before = inventory_of_quiet(&nodes)?;
     in_namespace("soak", |namespace| {
