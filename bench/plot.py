@@ -67,17 +67,22 @@ def picture(title: str, rows: list[tuple[str, list[tuple[float, str]]]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-WORKLOAD = "Many Functions on many PackageSets: memory of the zygotes, and requests that are answered (both logarithmic)"
+WORKLOAD = (
+    "Many Functions on many PackageSets: memory of the zygotes, and requests that are answered (both logarithmic)"
+)
 
 
 def plane(systems: list[dict]) -> str:
     """Points: memory from left to right, throughput from below."""
     places = [(max(one["pss"], 1), one["per_second"]) for one in systems]
-    bounds = [(math.floor(math.log10(min(all_of_it))), math.ceil(math.log10(max(all_of_it)))) for all_of_it in zip(*places)]
+    bounds = [
+        (math.floor(math.log10(min(all_of_it))), math.ceil(math.log10(max(all_of_it))))
+        for all_of_it in zip(*places, strict=True)
+    ]
     height, left, bottom = 380, 70, 60
 
     def at(place: tuple[float, float]) -> tuple[float, float]:
-        share = [(math.log10(value) - low) / (high - low) for value, (low, high) in zip(place, bounds)]
+        share = [(math.log10(value) - low) / (high - low) for value, (low, high) in zip(place, bounds, strict=True)]
         return left + (WIDTH - left - RIGHT) * share[0], height - bottom - (height - bottom - TOP) * share[1]
 
     parts = [
@@ -90,19 +95,22 @@ def plane(systems: list[dict]) -> str:
     for power in range(low, high + 1):
         x, _ = at((10**power, 10**lowest))
         parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{height - bottom}" stroke="#e2e8f0"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle" fill="{TEXT}">{10**power:,} MB</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 20}" text-anchor="middle" fill="{TEXT}">{10**power:,} MB</text>'
+        )
     for power in range(lowest, highest + 1):
         _, y = at((10**low, 10**power))
         parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e2e8f0"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end" fill="{TEXT}">{10**power:,}/s</text>')
-    for one, place in zip(systems, places):
+    for one, place in zip(systems, places, strict=True):
         x, y = at(place)
         ours = one["system"] == "tree"
+        below = ours or one is systems[0]
         end = x > WIDTH * 0.6
         words = f"{one['system']}: {one['per_second']:.3g}/s, {one['pss']:,.0f} MB"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{OURS if ours else PEER}"/>')
         parts.append(
-            f'<text x="{x + (12 if not end else -12):.1f}" y="{y + (22 if ours else -12):.1f}"'
+            f'<text x="{x + (12 if not end else -12):.1f}" y="{y + (22 if below else -12):.1f}"'
             f' text-anchor="{"end" if end else "start"}" fill="{OURS if ours else PEER}">{escape(words)}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])

@@ -3,7 +3,7 @@
 
     wheels.py pin NAME...                      prints `name==version --hash=sha256:...` for all that these need
     wheels.py index WHEELS ROOT REQUIREMENTS...  downloads what the files pin into WHEELS, lays a simple index into ROOT
-    wheels.py needs WHEELS REQUIREMENTS          prints as JSON which of the projects that the file pins each of them needs
+    wheels.py needs WHEELS REQUIREMENTS          prints as JSON what each project that the file pins needs
 
 A download happens once, through the machine's own pip; what is in WHEELS already is not asked for again.
 """
