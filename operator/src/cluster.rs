@@ -261,32 +261,17 @@ impl Context {
             .items)
     }
 
-    /// The metadata of the objects with a label.
-    pub async fn list_metadata<K>(
-        &self,
-        namespace: &str,
-        label: &str,
-        value: &str,
-    ) -> Result<Vec<PartialObjectMeta<K>>, Error>
-    where
-        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
-            + Clone
-            + DeserializeOwned
-            + Debug,
-    {
-        let selector = ListParams::default().labels(&format!("{label}={value}"));
-        self.select(namespace, &selector, value).await
-    }
-
     /// The metadata of the pods that the operator's objects have made. Those that have ended for good run on nothing.
     pub async fn list_pods(&self, namespace: &str) -> Result<Vec<PartialObjectMeta<Pod>>, Error> {
         let selector = ListParams::default()
             .labels(&format!("app.kubernetes.io/managed-by={FIELD_MANAGER}"))
             .fields("status.phase!=Failed");
-        self.select(namespace, &selector, FIELD_MANAGER).await
+        self.list_metadata(namespace, &selector, FIELD_MANAGER)
+            .await
     }
 
-    async fn select<K>(
+    /// The metadata of the objects that are selected; `what` says in an error which.
+    async fn list_metadata<K>(
         &self,
         namespace: &str,
         selector: &ListParams,
@@ -384,7 +369,8 @@ impl Context {
             + Debug,
     {
         let api = self.api::<K>(namespace);
-        for object in self.list_metadata::<K>(namespace, label, value).await? {
+        let selector = ListParams::default().labels(&format!("{label}={value}"));
+        for object in self.list_metadata::<K>(namespace, &selector, value).await? {
             let name = object.metadata.name.clone().unwrap_or_default();
             if is_child(&object.metadata, Some(owner)) && !needed(&name) {
                 let parameters = DeleteParams {

@@ -65,7 +65,7 @@ struct System {
     depth: usize,
     /// MB of all zygotes of the node, their shims included: proportional set size.
     pss: f64,
-    /// Requests in a second, the median of all.
+    /// Requests in a second, the mean without the first one.
     per_second: f64,
     /// Requests.
     n: usize,
