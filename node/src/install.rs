@@ -11,6 +11,7 @@ use crate::payload::{self, PAYLOAD};
 use crate::readiness::Readiness;
 use crate::registration::{self, Registration};
 use crate::sweep::Sweeper;
+use crate::zygote_memory::{self, Limit};
 
 const AGAIN: Duration = Duration::from_secs(60);
 
@@ -30,6 +31,8 @@ pub enum Error {
     Containerd(#[from] containerd::Error),
     #[error(transparent)]
     Registration(#[from] registration::Error),
+    #[error(transparent)]
+    ZygoteMemory(#[from] zygote_memory::Error),
     #[error(
         "containerd runs with the runtime sock, but after {} s kubelet does not report it in node.status.runtimeHandlers; \
          kubelet 1.30 or later does", REPORT.as_secs()
@@ -48,7 +51,7 @@ impl Error {
     fn makes_unfit(&self) -> bool {
         match self {
             Self::Unfit(_) | Self::Payload(_) | Self::Containerd(_) | Self::NotReported => true,
-            Self::Registration(_) | Self::System { .. } => false,
+            Self::Registration(_) | Self::ZygoteMemory(_) | Self::System { .. } => false,
         }
     }
 
@@ -59,7 +62,7 @@ impl Error {
             Self::Payload(_) => "SockFilesNotCopied",
             Self::Containerd(_) => "SockRuntimeNotConfigured",
             Self::NotReported => "SockRuntimeNotReported",
-            Self::Registration(_) | Self::System { .. } => "SockNodeError",
+            Self::Registration(_) | Self::ZygoteMemory(_) | Self::System { .. } => "SockNodeError",
         }
     }
 }
@@ -74,6 +77,7 @@ pub fn run() -> Result<(), Error> {
             source,
         })?;
     runtime.block_on(async {
+        let zygote_memory = Limit::from_environment()?;
         let registration = Registration::connect().await?;
         let mut installer = Installer {
             host: Host::from_environment(),
@@ -81,6 +85,7 @@ pub fn run() -> Result<(), Error> {
                 .map_or_else(|| PathBuf::from(PAYLOAD), PathBuf::from),
             favor_moves: std::env::var("SOCK_FAVOR_CGROUP_MOVES")
                 .is_ok_and(|value| value == "true"),
+            zygote_memory,
             configurator: Configurator::default(),
             registration,
             readiness: Readiness::default(),
@@ -119,6 +124,7 @@ struct Installer {
     host: Host,
     payload: PathBuf,
     favor_moves: bool,
+    zygote_memory: Option<Limit>,
     configurator: Configurator,
     registration: Registration,
     readiness: Readiness,
@@ -169,6 +175,7 @@ impl Installer {
             containerd::restart(&self.host, &process)?;
             Configurator::restarted(&self.host)?;
         }
+        zygote_memory::tell(&self.host, self.zygote_memory)?;
         if self.favor_moves {
             match cgroup_moves::favor(&self.host, true) {
                 Ok(true) => tracing::info!("cgroups are mounted with favordynmods"),

@@ -12,6 +12,7 @@ mod readiness;
 mod registration;
 mod sweep;
 mod uninstall;
+mod zygote_memory;
 
 use std::process::ExitCode;
 

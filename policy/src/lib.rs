@@ -8,7 +8,7 @@
 //! | when an idle leaf is ended, and when one is made ahead of the next request | [`idle`]: [`Idle`] |
 //! | how many spares a zygote keeps | [`spares`] |
 //! | which leaves end when there is too little memory | [`pressure::idle_while_short`] |
-//! | which zygotes end when there is too little memory | [`pressure::zygotes`] |
+//! | which zygotes end when there is too little memory, and which may come back | [`pressure::zygotes`], [`pressure::may_begin`] |
 
 #![forbid(unsafe_code)]
 

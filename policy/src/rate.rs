@@ -23,12 +23,17 @@ impl Rate {
 
     fn decayed(&self, now: Instant) -> f64 {
         let passed = now.saturating_duration_since(self.at);
-        self.weight * (-passed.as_secs_f64() / self.half_life.as_secs_f64()).exp2()
+        decayed(self.weight, passed, self.half_life)
     }
 
     /// It happens.
     pub fn happened(&mut self, now: Instant) {
-        self.weight = self.decayed(now) + 1.0;
+        self.happened_times(1, now);
+    }
+
+    /// It has happened so many times, just now or not long ago.
+    pub fn happened_times(&mut self, times: u64, now: Instant) {
+        self.weight = self.decayed(now) + times as f64;
         self.at = self.at.max(now);
     }
 
@@ -39,6 +44,12 @@ impl Rate {
         let seconds = self.half_life.as_secs_f64() / std::f64::consts::LN_2;
         self.decayed(now) / seconds
     }
+}
+
+/// What is left of a rate, or of any weight, after a time without events.
+#[must_use]
+pub fn decayed(weight: f64, passed: Duration, half_life: Duration) -> f64 {
+    weight * (-passed.as_secs_f64() / half_life.as_secs_f64()).exp2()
 }
 
 #[cfg(test)]

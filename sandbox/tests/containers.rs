@@ -644,7 +644,10 @@ fn runs_on(pid: i32, before: u64) {
 
 fn cgroup() {
     let image = Image::new();
-    let spec = parsed(&spec("while :; do :; done"));
+    // Two megabytes of text.
+    let spec = parsed(&spec(
+        "a=12345678; for _ in 1 2 3 4 5 6 7 8 9 a b c d e f g h i; do a=$a$a; done; while :; do :; done",
+    ));
     let child = launch(plan(&spec, image.root(), Program::Specified)).unwrap();
     let cgroup = TestCgroup::new(
         "limits",
@@ -662,6 +665,12 @@ fn cgroup() {
         fs::read_to_string(memory.join(file)).unwrap().trim(),
         (32 << 20).to_string()
     );
+    let end = Instant::now() + Duration::from_secs(10);
+    while cgroup.0.own_memory().unwrap() < 2 << 20 {
+        assert!(Instant::now() < end, "{:?}", cgroup.0.own_memory());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(cgroup.0.own_memory().unwrap() < 32 << 20);
     cgroup.0.freeze().unwrap();
     let before = ticks(child.pid);
     std::thread::sleep(Duration::from_millis(60));

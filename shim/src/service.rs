@@ -93,6 +93,7 @@ async fn clean(sandbox: &Path, trace: &Trace) {
     crate::role::zygote::release(sandbox, &trace.id);
     crate::role::installer::discard_staging(&trace.id);
     crate::uses::end_all(&trace.id);
+    crate::import_tier::forget(&trace.id);
 }
 
 /// containerd ends `delete` after five seconds.

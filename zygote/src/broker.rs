@@ -8,6 +8,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
@@ -15,7 +16,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
     socket_with,
 };
-use sock_zygote_protocol::{self as protocol, Attached};
+use sock_zygote_protocol::{self as protocol, Attached, Counted};
 use tokio::io::unix::AsyncFd;
 
 use crate::channel::{Channel, watch};
@@ -65,9 +66,15 @@ impl Broker {
         })
     }
 
-    /// Gives everyone who connects a channel to `zygote`, its user namespace and what is said of it,
+    /// Gives everyone who connects a channel to `zygote`, its user namespace, what is said of it, and what leaves are counted with,
     /// until the zygote is gone. Yields the reason for the end.
-    pub async fn serve(&self, zygote: &Zygote, user: BorrowedFd<'_>, attached: &Attached) -> Error {
+    pub async fn serve(
+        &self,
+        zygote: &Zygote,
+        user: BorrowedFd<'_>,
+        attached: &Attached,
+        leaves: &Count,
+    ) -> Error {
         loop {
             let peer = match self.accept().await {
                 Ok(peer) => peer,
@@ -78,11 +85,21 @@ impl Broker {
                 Err(error) => return error,
             };
             let fds = [channel.as_fd(), user];
-            // The packet is the first on a new socket: there is room for it, or the peer is gone.
-            if let Err(error) = protocol::send(&peer, attached, &fds) {
+            // These packets are the first on a new socket: there is room for them, or the peer is gone.
+            let sent = protocol::send(&peer, attached, &fds)
+                .and_then(|()| protocol::send(&peer, &Counted::Leaves, &[leaves.0.as_fd()]));
+            if let Err(error) = sent {
                 tracing::debug!(%error, "a shim left before it was attached");
             }
         }
+    }
+
+    /// While there is no zygote: waits until somebody asks for one, who is told that there is none. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::Path`].
+    pub async fn refuse(&self) -> Result<()> {
+        self.accept().await.map(drop)
     }
 
     async fn accept(&self) -> Result<OwnedFd> {
@@ -125,11 +142,68 @@ impl Drop for Broker {
     }
 }
 
+/// How many leaves a zygote has given, to all shims together: each adds to it without a word to anybody (eventfd(2)).
+#[derive(Debug)]
+pub struct Count(OwnedFd);
+
+impl Count {
+    /// None yet.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn new() -> Result<Count> {
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map(Count)
+            .map_err(Error::system("make a counter (eventfd)"))
+    }
+
+    /// One more.
+    pub fn add(&self) {
+        // It is full after 2^64 leaves.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+
+    /// Those since this was asked last.
+    #[must_use]
+    pub fn take(&self) -> u64 {
+        let mut number = [0; 8];
+        // It cannot be read while it is zero.
+        match rustix::io::read(&self.0, &mut number) {
+            Ok(_) => u64::from_ne_bytes(number),
+            Err(_) => 0,
+        }
+    }
+}
+
+/// What a look for a zygote finds.
+#[derive(Debug)]
+pub enum Look {
+    /// One that lives.
+    Found(Box<Attachment>),
+    /// Only pools whose zygote is not there at present. They know now that it was asked for.
+    Resting,
+    /// No pool.
+    Nobody,
+}
+
+impl Look {
+    /// The zygote, if there is one.
+    #[must_use]
+    pub fn found(self) -> Option<Attachment> {
+        match self {
+            Look::Found(attachment) => Some(*attachment),
+            Look::Resting | Look::Nobody => None,
+        }
+    }
+}
+
 /// What a Function's shim gets from a broker.
 #[derive(Debug)]
 pub struct Attachment {
     /// To ask for leaves.
     pub zygote: ZygoteChannel,
+    /// To add each of them to; `None` from a release that does not count.
+    pub leaves: Option<Count>,
     /// The zygote's user namespace.
     pub user_namespace: OwnedFd,
     /// The only user mapped there, as the host numbers it.
@@ -143,11 +217,12 @@ pub struct Attachment {
 }
 
 /// Attaches to the newest pool that works among the sockets (`*.sock`) in `dir`. Sockets that
-/// nobody listens on are removed. `None` when there is none, or no such directory.
+/// nobody listens on are removed. No such directory is nobody.
 ///
 /// # Errors
 /// [`Error::Path`] when the directory cannot be read. A broker that misbehaves is passed over.
-pub async fn attach(dir: &Path) -> Result<Option<Attachment>> {
+pub async fn attach(dir: &Path) -> Result<Look> {
+    let mut look = Look::Nobody;
     for path in newest_first(dir)? {
         let socket = seqpacket()?;
         let (_dir, address) = address(&path)?;
@@ -164,18 +239,18 @@ pub async fn attach(dir: &Path) -> Result<Option<Attachment>> {
             }
         }
         match tokio::time::timeout(ANSWER_WITHIN, attachment(socket, &path)).await {
-            Ok(Ok(attachment)) => return Ok(Some(attachment)),
+            Ok(Ok(attachment)) => return Ok(Look::Found(Box::new(attachment))),
+            Ok(Err(error)) if error.is_closed() => look = Look::Resting,
             Ok(Err(error)) => tracing::warn!(path = %path.display(), %error, "broker passed over"),
             Err(_) => tracing::warn!(path = %path.display(), "broker passed over: no answer"),
         }
     }
-    Ok(None)
+    Ok(look)
 }
 
 async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
-    let received = Channel::new(socket, "broker")?
-        .receive::<Attached>(2)
-        .await?;
+    let broker = Channel::new(socket, "broker")?;
+    let received = broker.receive::<Attached>(2).await?;
     let Attached { uid, gid, profile } = received.message;
     let Ok([channel, user_namespace]) = <[OwnedFd; 2]>::try_from(received.fds) else {
         return Err(Error::Unexpected {
@@ -184,8 +259,11 @@ async fn attachment(socket: OwnedFd, path: &Path) -> Result<Attachment> {
             expected: "Attached with two descriptors",
         });
     };
+    let counted = broker.receive::<Counted>(1).await;
+    let leaves = counted.ok().and_then(|mut counted| counted.fds.pop());
     Ok(Attachment {
         zygote: ZygoteChannel::new(channel)?,
+        leaves: leaves.map(Count),
         user_namespace,
         uid,
         gid,
@@ -304,7 +382,7 @@ mod tests {
             scope.spawn(|| {
                 runtime().block_on(async {
                     while !over.load(Ordering::Relaxed) {
-                        assert!(attach(dir.path()).await.unwrap().is_none());
+                        assert!(matches!(attach(dir.path()).await, Ok(Look::Nobody)));
                     }
                 });
             });

@@ -30,7 +30,7 @@ mod root;
 mod setup;
 mod zygote;
 
-pub use broker::{Attachment, Broker, attach};
+pub use broker::{Attachment, Broker, Count, Look, attach};
 pub use channel::Channel;
 pub use descend::{Entering, EntryFds, Newborn};
 pub use error::{Error, Result};

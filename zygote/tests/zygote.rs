@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::net::{SendFlags, send};
 use serde_json::Value;
 use sock_zygote::protocol::{self, Attached, FromZygote, ToZygote, ZygoteSetup};
-use sock_zygote::{Broker, Error, attach};
+use sock_zygote::{Broker, Count, Error, Look, attach};
 use support::{
     Container, Function, Pool, USER, answer, connection, image, packaged, reply, shim, zygote_setup,
 };
@@ -802,7 +802,7 @@ fn a_broker_leads_to_its_zygote_and_stale_sockets_go() {
         let dir = tempfile::tempdir().unwrap();
         // As long as the names of a real pool: longer than sun_path.
         let dir = dir.path().join("t".repeat(64)).join("d".repeat(64));
-        assert!(attach(&dir).await.unwrap().is_none());
+        assert!(matches!(attach(&dir).await, Ok(Look::Nobody)));
         let pool = Pool::start(Container::new(&[], &[]), &zygote_setup(&[]))
             .await
             .unwrap();
@@ -815,15 +815,26 @@ fn a_broker_leads_to_its_zygote_and_stale_sockets_go() {
             gid: USER,
             profile: "of the pool".into(),
         };
+        let look = tokio::select! {
+            asked = async { broker.refuse().await.unwrap(); std::future::pending().await } => asked,
+            look = attach(&dir) => look.unwrap(),
+        };
+        assert!(matches!(look, Look::Resting), "{look:?}");
+        let leaves = Count::new().unwrap();
         let found = tokio::select! {
-            error = broker.serve(&pool.zygote, pool.process.user_namespace.as_fd(), &attached) => panic!("{error}"),
-            found = attach(&dir) => found.unwrap().unwrap(),
+            error = broker.serve(&pool.zygote, pool.process.user_namespace.as_fd(), &attached, &leaves) => panic!("{error}"),
+            look = attach(&dir) => look.unwrap().found().unwrap(),
         };
         assert_eq!((found.uid, found.gid), (USER, USER));
         assert_eq!(found.profile, "of the pool");
         let function = Function::new(&pool, NUMBERS, &[]);
         answer(&function.leaf(&found.zygote, true, None).await.unwrap()).await;
+        let theirs = found.leaves.unwrap();
+        assert_eq!(leaves.take(), 0);
+        theirs.add();
+        theirs.add();
+        assert_eq!((leaves.take(), leaves.take()), (2, 0));
         drop(broker);
-        assert!(attach(&dir).await.unwrap().is_none());
+        assert!(matches!(attach(&dir).await, Ok(Look::Nobody)));
     });
 }

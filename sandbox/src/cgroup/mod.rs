@@ -795,6 +795,19 @@ impl Cgroup {
         oom_kills_in(&self.controller("memory")?.join(file))
     }
 
+    /// Memory that goes when its processes do, in bytes: their own, and what they share by `shmem` (memory files, tmpfs), but no files. Each page counts
+    /// for the cgroup whose process was the first to write to it.
+    #[must_use]
+    pub fn own_memory(&self) -> Option<u64> {
+        let text = fs::read_to_string(self.controller("memory")?.join("memory.stat")).ok()?;
+        let get = |key: &str| -> Option<u64> {
+            let value = text.lines().find_map(|line| line.strip_prefix(key))?;
+            value.trim().parse().ok()
+        };
+        let own = get(if self.unified { "anon " } else { "rss " })?;
+        Some(own + get("shmem ").unwrap_or(0))
+    }
+
     /// The directory that says of memory, or on version 2 the only one.
     #[must_use]
     pub fn controller(&self, name: &str) -> Option<&Path> {

@@ -387,6 +387,12 @@ impl Driver {
         }
     }
 
+    /// Whether what was looked for last is there, but has no zygote at present.
+    pub(super) fn zygotes_rest(&self) -> bool {
+        let zygotes = self.zygotes.as_ref();
+        zygotes.is_some_and(|zygotes| zygotes.are_resting())
+    }
+
     /// Has one leaf started, and waits until it is ready.
     pub(super) async fn first_leaf(self: &Rc<Self>) -> Result<(), String> {
         let (sender, receiver) = oneshot::channel();

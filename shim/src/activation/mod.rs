@@ -48,6 +48,8 @@ use zygotes::Told;
 const START_WITHIN: Duration = Duration::from_secs(115);
 /// A pool that starts at the same time as the pod.
 const POOL_WITHIN: Duration = Duration::from_secs(90);
+/// A zygote that has ended for others and was asked for.
+const BACK_WITHIN: Duration = Duration::from_secs(15);
 /// Between two looks for a pool.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -245,7 +247,9 @@ impl Activation {
     async fn wait_for_zygote(&self, package_set: &str, until: Instant) {
         let begin = Instant::now();
         while self.driver.zygote().await.is_none() {
-            if Instant::now() >= until {
+            // One that the node has no memory for may not come back for long.
+            let rests = self.driver.zygotes_rest() && begin.elapsed() >= BACK_WITHIN;
+            if rests || Instant::now() >= until {
                 let waited = begin.elapsed().as_secs();
                 tracing::warn!(
                     package_set,

@@ -10,7 +10,8 @@ use std::time::Duration;
 use sock_sandbox::cgroup::{Cgroup, follow};
 use sock_zygote::protocol::{LeafExtras, LeafSetup};
 use sock_zygote::{
-    Arrived, Attachment, Confining, ForkOrigin, FunctionRoot, SealedSetup, SetupFds, inject_sockets,
+    Arrived, Attachment, Confining, ForkOrigin, FunctionRoot, Look, SealedSetup, SetupFds,
+    inject_sockets,
 };
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
@@ -37,6 +38,10 @@ pub enum ForkError {
 pub trait Zygotes {
     /// One that lives, or `None`. Quick while the one found last still lives.
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>>;
+    /// Whether the last look has found only pools whose zygotes are not there at present.
+    fn are_resting(&self) -> bool {
+        false
+    }
     /// What leaves are told from here on besides, where the first was told to send what it compiles.
     ///
     /// # Errors
@@ -195,6 +200,7 @@ pub struct Pools {
     /// The one given up last: its broker may go on as if nothing were amiss.
     given_up: GivenUp,
     container: Option<Rc<Container>>,
+    resting: Cell<bool>,
 }
 
 /// Where leaves stay when their zygote's pod goes.
@@ -291,6 +297,7 @@ impl Pools {
             attached: Mutex::new(None),
             given_up: GivenUp::default(),
             container: None,
+            resting: Cell::new(false),
         })
     }
 
@@ -313,6 +320,7 @@ impl Pools {
         } else if let Some(before) = attached.take() {
             before.zygote.part();
         }
+        self.resting.set(false);
         for (rank, directory) in self.directories[..nearer_than].iter().enumerate() {
             // Quick where there is none: a Function whose ancestors are gone too asks nobody.
             if !directory.path.is_dir() || !directory.may_be_used() {
@@ -339,7 +347,12 @@ impl Pools {
 
     async fn look_in(&self, directory: &Path) -> Option<Rc<Attached>> {
         let found = match sock_zygote::attach(directory).await {
-            Ok(found) => found?,
+            Ok(Look::Found(found)) => *found,
+            Ok(look) => {
+                self.resting
+                    .set(self.resting.get() || matches!(look, Look::Resting));
+                return None;
+            }
             Err(error) => {
                 tracing::warn!(%error, "cannot look for a zygote");
                 return None;
@@ -379,6 +392,10 @@ impl Pools {
 impl Zygotes for Pools {
     fn attach(&self) -> Local<'_, Option<Rc<dyn Zygote>>> {
         Box::pin(async { self.find().await.map(|zygote| zygote as Rc<dyn Zygote>) })
+    }
+
+    fn are_resting(&self) -> bool {
+        self.resting.get()
     }
 
     fn tell_leaves(&self, extras: &LeafExtras) -> Result<(), sock_zygote::Error> {
@@ -455,6 +472,9 @@ impl Zygote for Attached {
             let fork = async { Ok(self.attachment.zygote.fork(false).await?) };
             let ((arrived, origin), (tree, entrances)): ((Arrived, _), _) =
                 tokio::try_join!(biased; fork, prepare)?;
+            if let Some(leaves) = &self.attachment.leaves {
+                leaves.add();
+            }
             let fds = SetupFds {
                 root: Some(tree.as_fd()),
                 network: Some(self.root.network()),

@@ -13,7 +13,7 @@ use oci_spec::runtime::LinuxNamespaceType;
 use sock_sandbox::cgroup::follow;
 use sock_sandbox::{Outer, UserMapping, namespace};
 use sock_zygote::protocol::{ZygoteEntry, ZygoteFd};
-use sock_zygote::{Attachment, Channel, EntryFds, Newborn, SealedSetup};
+use sock_zygote::{Attachment, Channel, EntryFds, Look, Newborn, SealedSetup};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{CACHE, POOLS, PoolConfig};
@@ -100,7 +100,7 @@ impl Descent {
         note_failure(self.parent.path.clone());
     }
 
-    /// Brings the child into its container. Yields its channel, its process, and what tells of the parent's end.
+    /// Brings the child into its container. Yields its channel, its process and the number of that, and what tells of the parent's end.
     ///
     /// # Errors
     /// It does not get there.
@@ -108,7 +108,7 @@ impl Descent {
         self,
         container: &Container,
         streams: (BorrowedFd<'_>, BorrowedFd<'_>),
-    ) -> Result<(Channel, OwnedFd, Parent), Failure> {
+    ) -> Result<(Channel, OwnedFd, i32, Parent), Failure> {
         let path = self.parent.path.clone();
         let entered = self.try_to_enter(container, streams).await;
         if entered.is_err() {
@@ -121,7 +121,7 @@ impl Descent {
         self,
         container: &Container,
         (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
-    ) -> Result<(Channel, OwnedFd, Parent), Failure> {
+    ) -> Result<(Channel, OwnedFd, i32, Parent), Failure> {
         let spec = &container.spec;
         let init = container.init.pid();
         let mut namespaces = Vec::new();
@@ -183,7 +183,7 @@ impl Descent {
         if let Err(error) = follow(init, &[pid]) {
             tracing::warn!(%error, "the zygote may be killed with the pod of what it extends");
         }
-        Ok((control, pidfd, Parent(self.parent)))
+        Ok((control, pidfd, pid, Parent(self.parent)))
     }
 }
 
@@ -197,7 +197,7 @@ async fn find_parent(
     let found = sock_zygote::attach(&parent.pools(&name.tenant, Path::new(POOLS)))
         .await
         .map_err(|e| Alone::Nobody(e.to_string()))?;
-    let found = found.ok_or_else(|| {
+    let found = found.found().ok_or_else(|| {
         Alone::Nobody("there is no zygote of what it extends on this node".into())
     })?;
     if has_failed(&found.path) {
@@ -222,6 +222,9 @@ async fn born(
     let attachment = find_parent(config, parent, user).await?;
     let born = async {
         let newborn = attachment.zygote.fork_zygote().await?;
+        if let Some(leaves) = &attachment.leaves {
+            leaves.add();
+        }
         let (user, pid) = newborn.namespaces(attachment.user_namespace.as_fd())?;
         Ok::<_, sock_zygote::Error>((
             newborn,
@@ -270,7 +273,7 @@ impl Parent {
 
     /// Waits until it has ended and another is there in its place. Its child lives on, but shares memory with nobody
     /// who comes after.
-    pub async fn replaced(self) {
+    pub async fn replaced(&self) {
         let error = self.0.zygote.ended().await;
         tracing::info!(%error, "the zygote that this one descends from is gone");
         // The pools of one digest listen side by side.
@@ -279,7 +282,7 @@ impl Parent {
         };
         loop {
             sleep(LOOK_AGAIN).await;
-            if let Ok(Some(_)) = sock_zygote::attach(directory).await {
+            if let Ok(Look::Found(_)) = sock_zygote::attach(directory).await {
                 return;
             }
         }

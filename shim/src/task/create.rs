@@ -1,6 +1,5 @@
 //! `Create`: everything of a container but its program.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -54,18 +53,14 @@ async fn make(pod: &Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskRes
     if !devices_guarded && let Some(process) = spec.process_mut() {
         forbid_making(process);
     }
-    let mut extra = Vec::new();
-    if let Role::Zygote(zygote) = &role {
-        match zygote.isolate(&mut spec, &request.id).await {
-            Ok(control) => extra.extend(control.map(|control| (3, control))),
-            Err(e) => {
-                zygote.finish();
-                if let Some(used) = &used {
-                    used.end();
-                }
-                return Err(e);
-            }
+    if let Role::Zygote(zygote) = &role
+        && let Err(e) = zygote.isolate(&mut spec, &request.id).await
+    {
+        zygote.finish();
+        if let Some(used) = &used {
+            used.end();
         }
+        return Err(e);
     }
     let sandbox = spec
         .annotations()
@@ -101,7 +96,7 @@ async fn make(pod: &Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskRes
         namespace::join(namespace::open(&path)?, LinuxNamespaceType::Network)?;
     }
     timeline.passed("specification");
-    let result = build(pod, &container, &request, &paths, extra, &timeline).await;
+    let result = build(pod, &container, &request, &paths, &timeline).await;
     let child = match result {
         Ok(steps) => steps,
         Err(e) => {
@@ -139,7 +134,6 @@ async fn build(
     container: &Container,
     request: &CreateTaskRequest,
     paths: &Paths,
-    extra: Vec<(i32, OwnedFd)>,
     timeline: &Timeline,
 ) -> Result<Vec<Timed>, Failure> {
     let spec = &container.spec;
@@ -155,12 +149,12 @@ async fn build(
             function.keep_output(std::mem::take(&mut streams))?;
             Program::Holder(HolderKind::Pod)
         }
-        Role::Zygote(zygote) if zygote.descends() => {
+        Role::Zygote(zygote) => {
             zygote.keep_output(std::mem::take(&mut streams))?;
             Program::Holder(HolderKind::Pod)
         }
         Role::Sandbox => Program::Holder(HolderKind::Pod),
-        Role::Plain | Role::Installer(_) | Role::Zygote(_) => Program::Specified,
+        Role::Plain | Role::Installer(_) => Program::Specified,
     };
     let hierarchies = pod.hierarchies()?;
     let location = spec
@@ -181,7 +175,7 @@ async fn build(
         },
         program,
         stdio: streams,
-        extra,
+        extra: Vec::new(),
         mapping: None,
         outer: None,
         nodev_root: !container.devices_guarded,

@@ -11,7 +11,7 @@ mod message;
 mod wire;
 
 pub use message::{
-    Attached, FdRole, FromLeaf, FromZygote, LeafExtras, LeafSetup, ModuleImport, Phase, Rlimit,
-    ToLeaf, ToZygote, ZygoteEntry, ZygoteFd, ZygoteSetup,
+    Attached, Counted, FdRole, FromLeaf, FromZygote, LeafExtras, LeafSetup, ModuleImport, Phase,
+    Rlimit, ToLeaf, ToZygote, ZygoteEntry, ZygoteFd, ZygoteSetup,
 };
 pub use wire::{Credentials, Error, MAX_FDS, MAX_MESSAGE, Received, pair, receive, send};

@@ -145,6 +145,14 @@ pub struct Attached {
     pub profile: String,
 }
 
+/// Right behind [`Attached`], with one descriptor: an eventfd to which the shim adds each leaf that it gets from the zygote. A release
+/// that knows nothing of it does not read so far, or closes the connection instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Counted {
+    /// Leaves.
+    Leaves,
+}
+
 /// The last field of a message that another release may end before.
 fn if_there<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     deserializer: D,
