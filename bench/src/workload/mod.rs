@@ -1,6 +1,8 @@
 //! Many Functions on many PackageSets, asked for as often as they are popular: with zygotes that descend from one another as `kubectl
-//! sock plan` proposes, with one zygote for each set, with one for all that has imported nothing, and with none.
+//! sock plan` proposes, with one zygote for each set, with those on half of the memory that they ask for, with one for all that has imported
+//! nothing, and with none.
 
+mod budget;
 pub mod draw;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use crate::progress::Progress;
 use crate::run::{Code, counted, requirements};
 use crate::stats::Samples;
 use crate::table::table;
+use budget::{Budget, Zygotes};
 use draw::{Set, Shelf};
 
 /// Made by `e2e/images/wheels.py pin`.
@@ -60,6 +63,7 @@ pub struct Options {
 #[derive(Debug, Serialize)]
 struct System {
     system: &'static str,
+    /// Those that live after the requests.
     zygotes: usize,
     /// The longest line of descent.
     depth: usize,
@@ -72,6 +76,8 @@ struct System {
     /// Milliseconds of a request.
     p50: f64,
     p99: f64,
+    /// In hundredths of the time of the requests, how long nobody on the machine got on for want of memory (PSI).
+    stalled: f64,
 }
 
 /// Measures, prints, and adds the figure `tree_workload` to those that are there.
@@ -106,6 +112,7 @@ fn shown(systems: &[System]) -> String {
                 one.n.to_string(),
                 format!("{:.2}", one.p50),
                 format!("{:.2}", one.p99),
+                format!("{:.2}", one.stalled),
             ]
         })
         .collect();
@@ -118,6 +125,7 @@ fn shown(systems: &[System]) -> String {
         "n",
         "p50, ms",
         "p99, ms",
+        "stalled, %",
     ];
     table(&head, &rows)
 }
@@ -129,7 +137,7 @@ fn add(out: &Path, systems: &[System]) -> Result<()> {
         Some(bytes) => serde_json::from_slice(&bytes).with_context(|| out.display().to_string())?,
         None => Vec::new(),
     };
-    let [.., plain, _, tree] = systems else {
+    let [_, plain, .., tree] = systems else {
         bail!("a system is missing");
     };
     figures.retain(|one| one["name"] != "tree_workload");
@@ -227,11 +235,19 @@ impl<'a> Stage<'a> {
         let alone = self.measure("one zygote for each set")?;
         say("planning");
         let planned = self.planned(&each)?;
+        let half = {
+            let budget = Budget::of(&self.node.node)?;
+            let asked = Zygotes::of(&self.node.node, NAMESPACE)?;
+            say(&format!("half of {} MB", asked.bytes / 1_000_000));
+            budget.change(asked.bytes / 2)?;
+            asked.until_within(asked.bytes / 2)?;
+            self.measure("one for each, half the memory")?
+        };
         remove(&[NAMESPACE])?;
 
         self.make(&planned, set_name)?;
         let tree = self.measure("tree")?;
-        Ok(vec![none, one, alone, tree])
+        Ok(vec![none, one, alone, half, tree])
     }
 
     fn set(&self, name: &str, lines: &[String], imports: &[&str]) -> Value {
@@ -307,7 +323,9 @@ impl<'a> Stage<'a> {
             clients: CLIENTS,
             seconds: self.options.seconds,
         };
+        let before = budget::stalled_micros(&self.node.node)?;
         let outcome: Outcome = self.node.job("mix", &mix)?;
+        let stalled = budget::stalled_micros(&self.node.node)?.saturating_sub(before);
         let took = Samples::new(outcome.took.into_iter().map(millis).collect());
         let took = took.context("nothing was answered")?;
         let sets = cluster::get(&["packagesets", "-n", NAMESPACE])?;
@@ -315,7 +333,7 @@ impl<'a> Stage<'a> {
         let by_name = by_name(&sets);
         Ok(System {
             system,
-            zygotes: pools.len(),
+            zygotes: Zygotes::of(&self.node.node, NAMESPACE)?.count,
             depth: sets
                 .iter()
                 .map(|set| depth(set, &by_name))
@@ -326,6 +344,7 @@ impl<'a> Stage<'a> {
             n: took.count(),
             p50: took.percentile(50),
             p99: took.percentile(99),
+            stalled: stalled as f64 / (self.options.seconds as f64 * 1e4),
         })
     }
 
@@ -461,12 +480,14 @@ mod tests {
             n: 1,
             p50: 1.0,
             p99: 1.0,
+            stalled: 0.0,
         };
         for per_second in [1.0, 8.0] {
             let systems = [
                 ("none", 1.0),
                 ("one", 2.0),
                 ("each", 8.0),
+                ("half", 7.0),
                 ("tree", per_second),
             ];
             add(
