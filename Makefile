@@ -78,7 +78,7 @@ test-images: cluster
 e2e: install test-images ## end-to-end tests on the cluster
 	cargo build --locked -p sock-plan -p sock-bench
 	export RUST_BACKTRACE=0 RUST_TEST_THREADS=2; \
-	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan; status=$$?; \
+	cargo test --locked -p sock-e2e --no-fail-fast --test pods --test functions --test isolation --test hostile --test failures --test input --test upgrades --test tree --test plan --test cache; status=$$?; \
 	for alone in soak faults nodes memory ctr containerds docker cri guest deletion uninstall; do cargo test --locked -p sock-e2e --test $$alone -- --test-threads 1 || status=$$?; done; \
 	exit $$status
 

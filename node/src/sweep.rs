@@ -1,5 +1,5 @@
-//! Removes from the node what no container uses any more: entries of the node cache, installations that were broken off, and
-//! empty directories.
+//! Removes from the node what no container uses any more: entries of the node cache, installations that were broken off, files
+//! that entries shared and none has any longer, and empty directories.
 //!
 //! Before it looks for an entry a shim puts a file at `/run/sock/uses/TENANT/LOCK/CONTAINER`; it removes it when the container
 //! is deleted. What two looks found unused, some time apart, goes; an entry is first renamed away and the uses are looked
@@ -21,6 +21,8 @@ const POOLS: &str = "/run/sock/pools";
 
 const STAGING: &str = ".staging-";
 const REMOVED: &str = ".removed-";
+/// Files of a tenant that entries share, each by one more name (`shim/src/role/installer/entry.rs`).
+const STORE: &str = ".files";
 
 /// A pod that is replaced leaves its entry unused for a moment.
 const UNUSED: Duration = Duration::from_secs(30);
@@ -97,6 +99,9 @@ pub struct Sweeper {
     pools: PathBuf,
     memory: Memory,
     renamed: u64,
+    /// Tenants whose shared files have not been looked at since an entry was removed, or ever by this process.
+    stores: BTreeSet<String>,
+    has_looked: bool,
 }
 
 impl Sweeper {
@@ -107,6 +112,8 @@ impl Sweeper {
             pools: host.path(POOLS),
             memory: Memory::default(),
             renamed: 0,
+            stores: BTreeSet::new(),
+            has_looked: false,
         }
     }
 
@@ -123,6 +130,37 @@ impl Sweeper {
                 Err(error) => tracing::warn!("{error}"),
             }
         }
+        for tenant in std::mem::take(&mut self.stores) {
+            match self.clean(&self.cache.join(&tenant).join(STORE)) {
+                Ok(0) => {}
+                Ok(files) => tracing::info!(tenant, files, "no entry has them any longer, removed"),
+                Err(error) => tracing::warn!("{error}"),
+            }
+            if let Err(error) = self.remove_tenant(&tenant) {
+                tracing::warn!("{error}");
+            }
+        }
+        self.has_looked = true;
+    }
+
+    /// Removes shared files that no entry has, and the directory when none is left. A shim that makes another link to one at this moment
+    /// keeps that, or finds none and keeps its own file.
+    fn clean(&self, store: &Path) -> Result<usize, Error> {
+        let mut removed = 0;
+        for file in entries(store)? {
+            match fs::symlink_metadata(&file.path) {
+                Ok(about) if about.nlink() > 1 || about.is_dir() => continue,
+                _ => {}
+            }
+            match fs::remove_file(&file.path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", &file.path)(e));
+                }
+                _ => removed += 1,
+            }
+        }
+        remove_empty(store)?;
+        Ok(removed)
     }
 
     fn look(&mut self, now: Instant) -> Result<Vec<Thing>, Error> {
@@ -145,6 +183,9 @@ impl Sweeper {
             let below = entries(&tenant.path)?;
             if below.is_empty() {
                 there.insert(Thing::Tenant(name.to_owned()));
+            }
+            if !self.has_looked {
+                self.stores.insert(name.to_owned());
             }
             for entry in below.iter().filter(|entry| entry.is_directory) {
                 match entry.text() {
@@ -202,7 +243,7 @@ impl Sweeper {
             }
         };
         if self.take(thing, &path, Self::uses)? {
-            self.remove_tenant(tenant)?;
+            self.stores.insert(tenant.clone());
             return Ok(true);
         }
         Ok(false)
@@ -462,6 +503,43 @@ mod tests {
         node.sweep(90);
         assert!(!node.path("run/sock/pools/bb").exists());
         assert!(node.path("run/sock/pools").exists());
+    }
+
+    #[test]
+    fn shared_files_go_with_the_last_entry_that_has_them() {
+        let mut node = Node::new();
+        let link = |node: &Node, name: &str, entry: &str| {
+            let file = node.path(&format!(
+                "var/lib/sock/cache/aa/{entry}/site-packages/{name}"
+            ));
+            let store = node.path(&format!("var/lib/sock/cache/aa/.files/{name}"));
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::create_dir_all(store.parent().unwrap()).unwrap();
+            if !store.exists() {
+                fs::write(&store, "").unwrap();
+            }
+            fs::hard_link(store, file).unwrap();
+        };
+        for (name, entry) in [("one", "01"), ("both", "01"), ("both", "02"), ("two", "02")] {
+            link(&node, name, entry);
+        }
+        // What a shim that was killed has left, from before this process.
+        node.file("var/lib/sock/cache/aa/.files/.new-7");
+        node.file("run/sock/uses/aa/02/c");
+        node.sweep(0);
+        assert!(!node.path("var/lib/sock/cache/aa/.files/.new-7").exists());
+        node.sweep(30);
+        let left = |node: &Node| {
+            let there = entries(&node.path("var/lib/sock/cache/aa/.files")).unwrap();
+            let mut names: Vec<_> = there.into_iter().map(|entry| entry.name).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(left(&node), ["both", "two"]);
+        fs::remove_file(node.path("run/sock/uses/aa/02/c")).unwrap();
+        node.sweep(60);
+        node.sweep(90);
+        assert!(!node.path("var/lib/sock/cache/aa").exists());
     }
 
     #[test]

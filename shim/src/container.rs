@@ -88,12 +88,7 @@ impl Container {
     }
 
     /// What the role does after the end of the first process, before anybody is told.
-    pub fn finish_role(&self, status: u32) {
-        match &self.role {
-            Role::Installer(installer) => installer.finish(status),
-            Role::Zygote(zygote) => zygote.finish(),
-            Role::Function(function) => function.finish(),
-            Role::Sandbox | Role::Plain => {}
-        }
+    pub fn finish_role(&self) {
+        self.role.finish();
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use containerd_shim::Config;
+use sock_shim::role::installer;
 use sock_shim::serve;
 use sock_shim::service::Service;
 
@@ -16,6 +17,20 @@ fn main() {
             Ok(text) => println!("{text}"),
             Err(error) => {
                 eprintln!("containerd-shim-sock-v1: features: {error}");
+                std::process::exit(1);
+            }
+        }
+        return;
+    }
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == "cache")
+    {
+        let arguments: Vec<_> = std::env::args_os().skip(2).collect();
+        match installer::entry::answer(&arguments) {
+            Ok(line) => println!("{line}"),
+            Err(error) => {
+                eprintln!("{error}");
                 std::process::exit(1);
             }
         }

@@ -129,7 +129,10 @@ impl Pod {
         for exec in execs {
             let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
         }
-        container.finish_role(exit.status);
+        if let Role::Installer(installer) = &container.role {
+            installer.settle(exit.status).await;
+        }
+        container.finish_role();
     }
 
     fn announce(&self, container: &Container, process: &Process, exit: Exit) {

@@ -38,6 +38,12 @@ impl Use {
         )))
     }
 
+    /// In which the uses of the entry are said. It is there as long as this one is.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.0.parent().unwrap_or(&self.0)
+    }
+
     /// Says that it does no more.
     pub fn end(&self) {
         remove(&self.0);

@@ -6,6 +6,7 @@ Runs in the pool's init container. Its last line on standard error is what `kube
 import compileall
 import errno
 import os
+import py_compile
 import re
 import shutil
 import subprocess
@@ -33,12 +34,16 @@ def run():
         fail(f"sock needs Python 3.10 or newer; this image has {sys.version.split()[0]}")
     if os.environ.get("SOCK_CACHED") == "1":
         return
+    if altered := os.environ.get("SOCK_ALTERED"):
+        print(f"the node's cache holds other packages than were installed ({altered}): installing anew", file=sys.stderr)
     lines = read_requirements()
     shutil.rmtree(TARGET, ignore_errors=True)
     os.makedirs(TARGET)
     if lines:
         install()
-        if not compileall.compile_dir(TARGET, quiet=2, workers=0, invalidation_mode=None):
+        # What is installed does not change: nothing is compared with its source, and the same source gives the same file.
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        if not compileall.compile_dir(TARGET, quiet=2, workers=0, invalidation_mode=mode):
             # A file for another version of Python, as some packages carry, is compiled by nobody.
             print("some files of the packages do not compile", file=sys.stderr)
             # On a full disk none does, and what is installed now is never compiled again.

@@ -112,6 +112,16 @@ impl Role {
         }
         role.map(|role| (role, used))
     }
+
+    /// After the end of the container's first process, before anybody is told, or where it did not come to that.
+    pub fn finish(&self) {
+        match self {
+            Role::Installer(installer) => installer.finish(),
+            Role::Zygote(zygote) => zygote.finish(),
+            Role::Function(function) => function.finish(),
+            Role::Sandbox | Role::Plain => {}
+        }
+    }
 }
 
 /// sock's containers hold what others must not reach, so they take no part in the host: the pod's author cannot have

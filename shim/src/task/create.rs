@@ -53,10 +53,13 @@ async fn make(pod: &Rc<Pod>, request: CreateTaskRequest) -> Result<CreateTaskRes
     if !devices_guarded && let Some(process) = spec.process_mut() {
         forbid_making(process);
     }
-    if let Role::Zygote(zygote) = &role
-        && let Err(e) = zygote.isolate(&mut spec, &request.id).await
-    {
-        zygote.finish();
+    let prepared = match &role {
+        Role::Zygote(zygote) => zygote.isolate(&mut spec, &request.id).await,
+        Role::Installer(installer) => installer.stage(&mut spec, used.as_ref()).await,
+        Role::Sandbox | Role::Plain | Role::Function(_) => Ok(()),
+    };
+    if let Err(e) = prepared {
+        role.finish();
         if let Some(used) = &used {
             used.end();
         }
@@ -326,7 +329,7 @@ async fn abandon(container: &Container) {
     if let Some(cgroup) = cgroup {
         super::delete::remove_cgroup(&cgroup).await;
     }
-    container.finish_role(255);
+    container.finish_role();
     after_stop(container).await;
     if let Some(used) = &container.used {
         used.end();

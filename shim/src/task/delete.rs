@@ -31,7 +31,7 @@ pub(super) async fn delete(
         Phase::Created => {
             let exit = end_created(&process).await;
             if request.exec_id.is_empty() {
-                container.finish_role(exit.status);
+                container.finish_role();
             }
             exit
         }

@@ -48,7 +48,7 @@ async fn first(
         {
             tracing::warn!(container = container.id, error = %e, "processes may be left");
         }
-        container.finish_role(255);
+        container.finish_role();
         return Err(e);
     }
     let mut event = TaskStart::new();

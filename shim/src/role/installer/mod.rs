@@ -1,30 +1,57 @@
 //! The container that installs packages into the node cache.
 //!
 //! It is an ordinary one, with an empty directory to write to. What it leaves there becomes the cache's entry by one rename,
-//! after it has ended well: an entry is whole or not there.
+//! after it has ended well: an entry is whole or not there. One that is there is looked at before it is used again ([`entry`]); what is no
+//! longer what was installed is installed anew. Pods that want the same at the same time wait for the first of them.
 
+pub mod entry;
+
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use oci_spec::runtime::Spec;
+use rustix::fs::{FlockOperation, flock};
 use sock_lock::Lock;
+use tokio::io::Interest;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{CACHE, add_env, add_payload, bind, is_real_directory};
 use crate::activation::ZygoteName;
+use crate::children::Claim;
 use crate::locks;
 use crate::task::Failure;
+use crate::uses::Use;
 
 /// Where the installer finds the requirements, and in which file.
 const REQUIREMENTS: (&str, &str) = ("/etc/sock", "requirements.txt");
 /// Larger than the API server takes a ConfigMap.
 const MOST_REQUIREMENTS: u64 = 2 << 20;
 
+/// Of an entry, whose packages are all read: kubelet gives up on a container's creation after two minutes.
+const LOOKED_WITHIN: Duration = Duration::from_secs(60);
+/// Reading, and writing to the disk whatever waits for that.
+const TAKEN_WITHIN: Duration = Duration::from_secs(300);
+/// For another that installs the same.
+const TURN_WITHIN: Duration = Duration::from_secs(45);
+/// Between two looks whether it has.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// An installation under way.
 pub struct Installer {
+    /// The container.
+    id: String,
     /// Empty if the packages are there already.
-    staging: Option<PathBuf>,
+    staging: RefCell<Option<PathBuf>>,
+    /// Locked while this one installs.
+    turn: RefCell<Option<File>>,
     entry: PathBuf,
     tenant: String,
     /// To be written down with the entry. An operator of a release that knows nothing of it does not say the image.
@@ -32,36 +59,52 @@ pub struct Installer {
 }
 
 impl Installer {
-    /// Makes the directory and mounts it.
     pub(super) fn prepare(
         id: &str,
         spec: &mut Spec,
         annotations: &HashMap<String, String>,
     ) -> Result<Self, Failure> {
         let name = ZygoteName::from_annotations(annotations).map_err(Failure::invalid)?;
-        let tenant = Path::new(CACHE).join(&name.tenant);
-        let entry = tenant.join(&name.lock);
+        let entry = Path::new(CACHE).join(&name.tenant).join(&name.lock);
         let lock = lock(spec, annotations, &name.lock)?;
         add_payload(spec, None)?;
-        if is_real_directory(&entry.join("site-packages")) {
-            add_env(spec, "SOCK_CACHED", "1");
-            let installer = Self {
-                staging: None,
-                entry,
-                tenant: name.tenant.clone(),
-                lock,
-            };
-            if !locks::is_recorded(Path::new(CACHE), &name.tenant, &name.lock) {
-                installer.record();
-            }
-            return Ok(installer);
+        Ok(Self {
+            id: id.to_owned(),
+            staging: RefCell::default(),
+            turn: RefCell::default(),
+            entry,
+            tenant: name.tenant,
+            lock,
+        })
+    }
+
+    /// Looks whether the packages are there, and otherwise makes a directory for them and mounts it.
+    ///
+    /// # Errors
+    /// That cannot be made.
+    pub async fn stage(&self, spec: &mut Spec, used: Option<&Use>) -> Result<(), Failure> {
+        if let Some(used) = used {
+            *self.turn.borrow_mut() = turn(used.directory()).await?;
         }
-        let staging = tenant.join(format!(".staging-{id}"));
+        if self.is_there(spec).await? {
+            add_env(spec, "SOCK_CACHED", "1");
+            if let Some(lock) = &self.lock
+                && !locks::is_recorded(Path::new(CACHE), &self.tenant, &lock.digest())
+            {
+                self.record();
+            }
+            // Whoever waits has nothing to wait for.
+            self.turn.take();
+            return Ok(());
+        }
+        let tenant = Path::new(CACHE).join(&self.tenant);
+        let staging = tenant.join(format!(".staging-{}", self.id));
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o711)
             .create(&tenant)?;
         std::fs::DirBuilder::new().mode(0o755).create(&staging)?;
+        *self.staging.borrow_mut() = Some(staging.clone());
         if let Some(process) = spec.process() {
             std::os::unix::fs::chown(
                 &staging,
@@ -72,12 +115,29 @@ impl Installer {
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         mounts.push(bind(&staging, "/opt/sock/install", true)?);
         spec.set_mounts(Some(mounts));
-        Ok(Self {
-            staging: Some(staging),
-            entry,
-            tenant: name.tenant,
-            lock,
-        })
+        Ok(())
+    }
+
+    /// Whether there is an entry that is what was installed. One that is not is put aside.
+    async fn is_there(&self, spec: &mut Spec) -> Result<bool, Failure> {
+        if !is_real_directory(&self.entry.join(entry::PACKAGES)) {
+            return Ok(false);
+        }
+        let looked = run(&[OsStr::new("look"), self.entry.as_os_str()], LOOKED_WITHIN).await;
+        let fault = match looked {
+            Ok(path) if path.is_empty() => return Ok(true),
+            Ok(path) => path,
+            Err(error) => {
+                tracing::warn!(entry = %self.entry.display(), %error, "used as it is: it cannot be looked at");
+                return Ok(true);
+            }
+        };
+        tracing::warn!(entry = %self.entry.display(), fault, "is not what was installed: installed anew");
+        add_env(spec, "SOCK_ALTERED", &fault);
+        // Whoever uses it goes on with it; the node installer removes it.
+        let aside = Path::new(CACHE).join(format!(".removed-{}", self.id));
+        std::fs::rename(&self.entry, aside)?;
+        Ok(false)
     }
 
     /// That this fails is a matter of speed: nothing descends from the entry's zygote then.
@@ -89,29 +149,85 @@ impl Installer {
         }
     }
 
-    /// After its end, before anybody is told of it.
-    pub fn finish(&self, status: u32) {
-        let Some(staging) = &self.staging else { return };
-        if status == 0 && is_real_directory(&staging.join("site-packages")) {
-            match std::fs::rename(staging, &self.entry) {
-                Ok(()) => self.record(),
-                // Another pod of the same set was first: its packages are the same.
-                Err(e) => {
-                    tracing::info!(entry = %self.entry.display(), error = %e, "not taken into the cache");
-                }
+    /// After its end, before anybody is told of it: takes what it has left into the cache.
+    pub async fn settle(&self, status: u32) {
+        let Some(staging) = self.staging.borrow().clone() else {
+            return;
+        };
+        if status != 0 || !is_real_directory(&staging.join(entry::PACKAGES)) {
+            return;
+        }
+        let arguments = [
+            OsStr::new("take"),
+            staging.as_os_str(),
+            self.entry.as_os_str(),
+        ];
+        match run(&arguments, TAKEN_WITHIN).await {
+            Ok(shared) => {
+                tracing::info!(entry = %self.entry.display(), shared, "taken into the cache");
+                self.record();
+            }
+            // Another pod of the same set was first, perhaps: its packages are the same.
+            Err(error) => {
+                tracing::warn!(entry = %self.entry.display(), %error, "not taken into the cache");
             }
         }
-        self.discard();
     }
 
-    /// Removes what was not taken.
-    pub fn discard(&self) {
-        if let Some(staging) = &self.staging
-            && let Err(e) = std::fs::remove_dir_all(staging)
+    /// Removes what was not taken, and lets the next one have its turn.
+    pub fn finish(&self) {
+        if let Some(staging) = self.staging.take()
+            && let Err(e) = std::fs::remove_dir_all(&staging)
             && e.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(directory = %staging.display(), error = %e, "is left");
         }
+        self.turn.take();
+    }
+}
+
+/// Waits until nobody else installs an entry. The directory is that of its uses, which stays as long as there is one; the lock goes with this process.
+/// `None` when that takes too long: both install then, and the first counts.
+async fn turn(directory: &Path) -> Result<Option<File>, Failure> {
+    let directory = File::open(directory)?;
+    let until = Instant::now() + TURN_WITHIN;
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(directory)),
+            Err(rustix::io::Errno::AGAIN) if Instant::now() < until => sleep(LOOK_AGAIN).await,
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+/// Has a process of its own do what reads all of an entry: this one serves a pod meanwhile, and has no threads. Yields its answer.
+async fn run(arguments: &[&OsStr], within: Duration) -> Result<String, Failure> {
+    let mut child = Command::new("/proc/self/exe")
+        .arg("cache")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let pid = i32::try_from(child.id()).map_err(Failure::unknown)?;
+    let _claim = Claim::new(pid);
+    let number = rustix::process::Pid::from_child(&child);
+    let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())
+        .map_err(std::io::Error::from)?;
+    let ended = crate::async_fd::watch(pidfd.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
+    if timeout(within, ended.readable()).await.is_err() {
+        child.kill()?;
+        child.wait()?;
+        return Err(Failure::unknown(format!(
+            "not done within {} s",
+            within.as_secs()
+        )));
+    }
+    let output = child.wait_with_output()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    match output.status.success() {
+        true => Ok(text(&output.stdout)),
+        false => Err(Failure::unknown(text(&output.stderr))),
     }
 }
 

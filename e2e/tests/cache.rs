@@ -1,0 +1,127 @@
+//! The node cache: what PackageSets of a tenant have in common is there once, and what is not what was installed is installed anew.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use sock_e2e::{Client, MINUTE, Namespace, Node, in_namespace, manifest, until, workers};
+
+/// Lines of the tests' requirements.
+fn lines(names: &[&str]) -> Vec<&'static str> {
+    let all = include_str!("../images/requirements-science.txt").lines();
+    let named = |line: &&str| {
+        names
+            .iter()
+            .any(|name| line.starts_with(&format!("{name}==")))
+    };
+    all.filter(named).collect()
+}
+
+fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
+    let mut pools = namespace.pools_of(set)?;
+    let pool = pools.pop().context("a pool")?;
+    ensure!(pools.is_empty(), "one pool is left");
+    Ok(pool)
+}
+
+fn name(pod: &Value) -> Result<&str> {
+    pod["metadata"]["name"].as_str().context("metadata.name")
+}
+
+fn installed(namespace: &Namespace, set: &str) -> Result<String> {
+    let pool = pool(namespace, set)?;
+    namespace.kubectl(&["logs", name(&pool)?, "--container=install"])
+}
+
+/// Where the packages of a PackageSet are on its nodes.
+fn packages(namespace: &Namespace, set: &str) -> Result<String> {
+    let pool = pool(namespace, set)?;
+    let of = |key: &str| {
+        let value = pool["metadata"]["annotations"][key].as_str();
+        value.with_context(|| key.to_owned())
+    };
+    Ok(format!(
+        "/var/lib/sock/cache/{}/{}/site-packages",
+        of("sock.dev/tenant")?,
+        of("sock.dev/lock")?
+    ))
+}
+
+/// Of the files that are larger than a page: how many there are, and how many of them are another PackageSet's as well.
+fn shared(node: &Node, from: &str, with: &str) -> Result<(u32, u32)> {
+    let script = r#"cd "$1" && find . -type f -size +4096c | while read -r file; do
+        if [ "$file" -ef "$2/$file" ]; then echo same; else echo own; fi
+    done | sort | uniq -c"#;
+    let text = node.shell(script, &[from, with])?;
+    let count = |word: &str| -> u32 {
+        let line = text.lines().find_map(|line| line.trim().strip_suffix(word));
+        line.and_then(|number| number.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    let (same, own) = (count("same"), count("own"));
+    Ok((same + own, same))
+}
+
+#[test]
+fn what_package_sets_have_in_common_is_there_once() {
+    in_namespace("cache", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let set = |name: &str, packages: &[&str]| {
+            let set = manifest::package_set_of(name, &lines(packages), &["numpy"]);
+            manifest::only_on(&node.name, set)
+        };
+        // Two that want the same at the same time, and one that wants more.
+        namespace.apply(&[set("one", &["numpy"]), set("same", &["numpy"])])?;
+        namespace.apply(&[set("more", &["numpy", "tzdata"])])?;
+        for name in ["one", "same", "more"] {
+            namespace.wait_for(&format!("packageset/{name}"), "Ready", 3 * MINUTE)?;
+        }
+        let one = packages(namespace, "one")?;
+        ensure!(one == packages(namespace, "same")?);
+        let uv = "Installed 1 package";
+        let logs = [installed(namespace, "one")?, installed(namespace, "same")?];
+        let times = logs.iter().filter(|log| log.contains(uv)).count();
+        ensure!(times == 1, "installed {times} times: {logs:?}");
+        let more = packages(namespace, "more")?;
+        let (files, same) = shared(&node, &one, &more)?;
+        ensure!(files > 100 && same * 100 > files * 98, "{same} of {files}");
+        Ok(())
+    });
+}
+
+#[test]
+fn an_entry_that_was_altered_is_installed_anew() {
+    in_namespace("altered", |namespace| {
+        let mut nodes = workers()?.into_iter();
+        let (other, node) = nodes.next().zip(nodes.next()).context("two nodes")?;
+        let set = manifest::package_set_of("numbers", &lines(&["numpy"]), &["numpy"]);
+        let set = manifest::only_on(&node.name, set);
+        let code = "import numpy\n\ndef handler(event, context):\n    return {'poisoned': hasattr(numpy, 'POISON'), 'sum': int(numpy.arange(4).sum())}\n";
+        namespace.serve("sums", &[set, manifest::function("sums", "numbers", code)])?;
+        let before = pool(namespace, "numbers")?;
+        let packages = packages(namespace, "numbers")?;
+        let script = r#"cd "$1" && sha256sum numpy/__init__.py && rm -f numpy/__pycache__/__init__.*.pyc && echo 'POISON = 1' >>numpy/__init__.py"#;
+        let sum = node.shell(script, &[&packages])?;
+        namespace.kubectl(&["delete", "pod", name(&before)?])?;
+        let now = until("another pool is ready", 3 * MINUTE, || {
+            let Ok(now) = pool(namespace, "numbers") else {
+                return Ok(None);
+            };
+            let is_ready = now["status"]["containerStatuses"][0]["ready"] == true;
+            Ok((is_ready && name(&now)? != name(&before)?).then_some(now))
+        })?;
+        let log = namespace.kubectl(&["logs", name(&now)?, "--container=install"])?;
+        ensure!(
+            log.contains("installing anew") && log.contains("numpy/__"),
+            "{log}"
+        );
+        ensure!(node.shell(r#"cd "$1" && sha256sum numpy/__init__.py"#, &[&packages])? == sum);
+        let zygote = node.zygote_of(&now)?;
+        let seen =
+            r#"grep -c POISON "/proc/$1/root/opt/sock/site-packages/numpy/__init__.py" || true"#;
+        ensure!(node.shell(seen, &[&zygote.pid.to_string()])?.trim() == "0");
+        let pod = namespace.pod_of("sums")?;
+        let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
+        let said = Client::on(&other)?.get(address, 8080, "/")?.json()?;
+        ensure!(said["sum"] == 6, "{said}");
+        Ok(())
+    });
+}
