@@ -35,13 +35,13 @@ def run():
     if os.environ.get("SOCK_CACHED") == "1":
         return
     if altered := os.environ.get("SOCK_ALTERED"):
-        print(f"the node's cache holds other packages than were installed ({altered}): installing anew", file=sys.stderr)
+        print(f"the node's cache is not what was installed ({altered}): installing anew", file=sys.stderr)
     lines = read_requirements()
     shutil.rmtree(TARGET, ignore_errors=True)
     os.makedirs(TARGET)
     if lines:
         install()
-        # What is installed does not change: nothing is compared with its source, and the same source gives the same file.
+        # What is installed does not change: nothing is compared with its source, and equal sources give equal files.
         mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
         if not compileall.compile_dir(TARGET, quiet=2, workers=0, invalidation_mode=mode):
             # A file for another version of Python, as some packages carry, is compiled by nobody.
