@@ -119,11 +119,11 @@ def plane(systems: list[dict]) -> str:
 def workload(systems: list[dict]) -> str:
     lines = [
         f"| {one['system']} | {one['zygotes']} | {one['depth']} | {one['pss']:,.0f} | {one['per_second']:.1f} "
-        f"| {one['n']:,} | {one['p50']:,.2f} | {one['p99']:,.2f} |"
+        f"| {one['n']:,} | {one['p50']:,.2f} | {one['p99']:,.2f} | {one['stalled']:.1f} |"
         for one in systems
     ]
-    head = "| system | zygotes | depth | PSS, MB | requests/s | n | p50, ms | p99, ms |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *lines])
+    head = "| system | zygotes | depth | PSS, MB | requests/s | n | p50, ms | p99, ms | stalled, % |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|---|", *lines])
 
 
 def table(figures: list[dict]) -> str:
