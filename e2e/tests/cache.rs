@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use sock_e2e::{Client, MINUTE, Namespace, Node, in_namespace, manifest, until, workers};
+use sock_e2e::{Client, MINUTE, Namespace, Node, get, in_namespace, manifest, until, workers};
 
 /// Lines of the tests' requirements.
 fn lines(names: &[&str]) -> Vec<&'static str> {
@@ -122,6 +122,31 @@ fn an_entry_that_was_altered_is_installed_anew() {
         let address = pod["status"]["podIP"].as_str().context("status.podIP")?;
         let said = Client::on(&other)?.get(address, 8080, "/")?.json()?;
         ensure!(said["sum"] == 6, "{said}");
+        // It was there before, and has what was put aside.
+        let there = "ls /opt/sock/site-packages/numpy/__init__.py";
+        namespace.kubectl(&["exec", name(&pod)?, "--", "sh", "-c", there])?;
         Ok(())
+    });
+}
+
+#[test]
+fn what_the_cache_cannot_take_is_no_success() {
+    in_namespace("untaken", |namespace| {
+        let node = workers()?.into_iter().next().context("a node")?;
+        let own = get(&["namespace", &namespace.name])?;
+        let uid = own["metadata"]["uid"].as_str().context("metadata.uid")?;
+        let hinder =
+            r#"mkdir -p -m 711 "/var/lib/sock/cache/$1" && touch "/var/lib/sock/cache/$1/.files""#;
+        node.shell(hinder, &[uid])?;
+        let set = manifest::package_set_of("numbers", &lines(&["numpy"]), &["numpy"]);
+        namespace.apply(&[manifest::only_on(&node.name, set)])?;
+        let message =
+            namespace.message_of("packageset/numbers", "Installed", "False", 2 * MINUTE)?;
+        ensure!(
+            message.contains("not taken into the node cache"),
+            "{message}"
+        );
+        node.shell(r#"rm "/var/lib/sock/cache/$1/.files""#, &[uid])?;
+        namespace.wait_for("packageset/numbers", "Ready", 3 * MINUTE)
     });
 }

@@ -21,6 +21,9 @@ const POOLS: &str = "/run/sock/pools";
 
 const STAGING: &str = ".staging-";
 const REMOVED: &str = ".removed-";
+/// An entry that was no longer what was installed, by its lock and the container that has found it so. Containers may have it mounted as long as any
+/// uses that lock.
+const ALTERED: &str = ".altered-";
 /// Files of a tenant that entries share, each by one more name (`shim/src/role/installer/entry.rs`).
 const STORE: &str = ".files";
 
@@ -47,6 +50,8 @@ enum Thing {
     Entry(String, String),
     /// What a container was installing, by tenant and container.
     Staging(String, String),
+    /// An entry that was put aside, by tenant, lock and the rest of its name.
+    Altered(String, String, String),
     /// A tenant's directory with nothing in it.
     Tenant(String),
     /// An empty directory of a pool, with its inode: one that was made anew under the same name is another.
@@ -59,7 +64,9 @@ type Uses = BTreeSet<(String, String, String)>;
 impl Thing {
     fn is_used(&self, uses: &Uses) -> bool {
         match self {
-            Self::Entry(tenant, lock) => uses.iter().any(|(t, l, _)| t == tenant && l == lock),
+            Self::Entry(tenant, lock) | Self::Altered(tenant, lock, _) => {
+                uses.iter().any(|(t, l, _)| t == tenant && l == lock)
+            }
             Self::Staging(tenant, container) => {
                 uses.iter().any(|(t, _, c)| t == tenant && c == container)
             }
@@ -147,14 +154,20 @@ impl Sweeper {
     /// keeps that, or finds none and keeps its own file.
     fn clean(&self, store: &Path) -> Result<usize, Error> {
         let mut removed = 0;
-        for file in entries(store)? {
-            match fs::symlink_metadata(&file.path) {
+        // One after the other: a tenant decides how many there are.
+        let files = match fs::read_dir(store) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+            other => other.map_err(failed("list", store))?,
+        };
+        for file in files {
+            let path = file.map_err(failed("list", store))?.path();
+            match fs::symlink_metadata(&path) {
                 Ok(about) if about.nlink() > 1 || about.is_dir() => continue,
                 _ => {}
             }
-            match fs::remove_file(&file.path) {
+            match fs::remove_file(&path) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(failed("remove", &file.path)(e));
+                    return Err(failed("remove", &path)(e));
                 }
                 _ => removed += 1,
             }
@@ -196,6 +209,12 @@ impl Sweeper {
                         if let Some(container) = other.strip_prefix(STAGING) {
                             there.insert(Thing::Staging(name.to_owned(), container.to_owned()));
                         }
+                        let altered = other.strip_prefix(ALTERED);
+                        // A lock has no hyphen: it is a digest.
+                        if let Some((lock, rest)) = altered.and_then(|name| name.split_once('-')) {
+                            let thing = Thing::Altered(name.into(), lock.into(), rest.into());
+                            there.insert(thing);
+                        }
                     }
                     None => {}
                 }
@@ -233,6 +252,12 @@ impl Sweeper {
                 self.cache
                     .join(tenant)
                     .join(format!("{STAGING}{container}")),
+            ),
+            Thing::Altered(tenant, lock, rest) => (
+                tenant,
+                self.cache
+                    .join(tenant)
+                    .join(format!("{ALTERED}{lock}-{rest}")),
             ),
             Thing::Tenant(tenant) => return self.remove_tenant(tenant),
             Thing::Pool(path, inode) => {
@@ -466,6 +491,8 @@ mod tests {
         node.file("var/lib/sock/cache/aa/02/site-packages/m.py");
         node.file("var/lib/sock/cache/aa/.staging-c1/half");
         node.file("var/lib/sock/cache/aa/.staging-gone/half");
+        node.file("var/lib/sock/cache/aa/.altered-01-c1/site-packages/m.py");
+        node.file("var/lib/sock/cache/aa/.altered-02-c2/site-packages/m.py");
         node.file("var/lib/sock/cache/bb/01/site-packages/m.py");
         node.file("var/lib/sock/cache/.removed-1-1/m.py");
         node.file("var/lib/sock/cache/lost+found/x");
@@ -484,6 +511,7 @@ mod tests {
         for stays in [
             "var/lib/sock/cache/aa/01/site-packages/m.py",
             "var/lib/sock/cache/aa/.staging-c1/half",
+            "var/lib/sock/cache/aa/.altered-01-c1/site-packages/m.py",
             "var/lib/sock/cache/lost+found/x",
             "run/sock/pools/aa/d1/s.sock",
         ] {
@@ -492,6 +520,7 @@ mod tests {
         for goes in [
             "var/lib/sock/cache/aa/02",
             "var/lib/sock/cache/aa/.staging-gone",
+            "var/lib/sock/cache/aa/.altered-02-c2",
             "var/lib/sock/cache/bb",
             "run/sock/pools/bb/d1",
         ] {

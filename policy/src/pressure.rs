@@ -68,17 +68,21 @@ pub fn zygotes(all: &[Zygote], budget: u64) -> Vec<usize> {
 const MARGIN: f64 = 2.0;
 
 /// Whether a zygote that has ended may come back: there is room within `budget` bytes, or there would be if those ended that are worth
-/// clearly less.
+/// clearly less. It is forked from its ancestors, so those of them that have ended come back with it and need room as well.
 #[must_use]
 pub fn may_begin(all: &[Zygote], place: usize, budget: u64) -> bool {
-    let mut all = all.to_vec();
-    let Some(zygote) = all.get_mut(place) else {
+    let mut after = all.to_vec();
+    if place >= all.len() {
         return false;
-    };
-    zygote.is_alive = true;
-    zygote.is_kept = false;
-    zygote.forks_per_second /= MARGIN;
-    !zygotes(&all, budget).contains(&place)
+    }
+    let gone: Vec<usize> = line(all, place).filter(|one| !all[*one].is_alive).collect();
+    for one in gone {
+        after[one].is_alive = true;
+    }
+    after[place].is_alive = true;
+    after[place].is_kept = false;
+    after[place].forks_per_second /= MARGIN;
+    !zygotes(&after, budget).contains(&place)
 }
 
 /// Forks for each second that each living zygote has to make: its own, and those of descendants that are gone.
@@ -197,6 +201,19 @@ mod tests {
             ..other
         };
         assert!(!may_begin(&[one, busy], 0, 100 << 20));
+        // With it its ancestors would have to come.
+        let family = |parent| {
+            [
+                gone(0.0),
+                Zygote {
+                    parent,
+                    ..gone(5.0)
+                },
+            ]
+        };
+        assert!(may_begin(&family(None), 1, 100 << 20));
+        assert!(!may_begin(&family(Some(0)), 1, 199 << 20));
+        assert!(may_begin(&family(Some(0)), 1, 200 << 20));
         assert!(!may_begin(&[], 0, 0));
     }
 
@@ -231,6 +248,7 @@ mod tests {
             let mut all: Vec<Zygote> = list.into_iter().map(|(parent, seconds, forks, mib, is_kept)| Zygote { is_kept, ..zygote(parent, seconds, forks, mib) }).collect();
             all[0].is_alive = false;
             if may_begin(&all, 0, budget << 20) {
+                // All others live, so it comes alone.
                 all[0].is_alive = true;
                 all[0].is_kept = false;
                 prop_assert!(!zygotes(&all, budget << 20).contains(&0));

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sock_sandbox::cgroup::{Cgroup, OomWatch};
 
-use crate::process::{Exit, Process};
+use crate::process::{Exit, Phase, Process};
 use crate::role::Role;
+use crate::task::Failure;
 use crate::uses::Use;
 
 const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
@@ -61,6 +62,20 @@ impl Container {
                         && n.path().as_ref().is_none_or(|p| p.as_os_str().is_empty())
                 })
             })
+    }
+
+    /// Number of its first process, which is that process's as long as nothing is waited for.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn running(&self) -> Result<i32, Failure> {
+        if self.init.phase() == Phase::Running {
+            return Ok(self.init.pid());
+        }
+        Err(Failure::precondition(format!(
+            "container {} is not running",
+            self.id
+        )))
     }
 
     /// At the end of its first process: whether the kernel has killed in it for want of memory.

@@ -21,6 +21,7 @@ use sock_policy::rate::decayed;
 use sock_sandbox::cgroup::Cgroup;
 use sock_zygote::Count;
 
+use crate::children::has_ended;
 use crate::memory::{Memory, now, until_next};
 
 /// Accounts.
@@ -32,12 +33,16 @@ const SHARE: u64 = 4;
 
 /// All look at the multiples of this of the machine's own clock.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// From the writing of accounts to the reading: everybody reads what everybody has written.
+const DECIDE_AFTER: Duration = Duration::from_secs(1);
 /// Forks of so long ago count half.
 const HALF_LIFE: Duration = Duration::from_secs(180);
 /// Its Functions are busy for so long after a fork.
 const BUSY_FOR: Duration = Duration::from_secs(60);
 /// Between two looks whether one may come back.
 const ASK_EVERY: Duration = Duration::from_secs(1);
+/// Before one comes back that has ended because memory was short.
+const AWAY_FOR: Duration = Duration::from_secs(120);
 
 /// What a zygote costs and what it is worth. Times are seconds since the machine has started.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,9 +104,14 @@ pub struct Membership {
     written: RefCell<Option<Account>>,
     leaves: Count,
     forks: RefCell<Rate>,
-    /// When an account was last written, as of the last look that led to nothing.
-    seen: Cell<Option<SystemTime>>,
+    /// When an account, and the budget, was last written, as of the last look that led to nothing.
+    seen: Cell<Option<Written>>,
+    /// Until when it stays away, if memory was short.
+    away_until: Cell<Option<Instant>>,
 }
+
+/// When accounts and the budget were last written.
+type Written = (SystemTime, Option<SystemTime>);
 
 /// What of a zygote is looked at.
 #[derive(Debug, Clone, Copy)]
@@ -113,7 +123,8 @@ pub struct Subject<'a> {
 }
 
 impl Subject<'_> {
-    /// Whether it has children that are no spares: leaves, which are in the cgroups of their own pods.
+    /// Whether it has children that are no spares: leaves, which are in the cgroups of their own pods. One that has ended is none, whether or not its
+    /// parent, a tenant's code, has asked for its status.
     fn has_leaves(&self) -> bool {
         let path = format!("/proc/{0}/task/{0}/children", self.pid);
         let children = fs::read_to_string(path).unwrap_or_default();
@@ -122,7 +133,7 @@ impl Subject<'_> {
         }
         let own = self.cgroup.processes().unwrap_or_default();
         let mut children = children.split_whitespace().filter_map(|c| c.parse().ok());
-        children.any(|child: i32| !own.contains(&child))
+        children.any(|child: i32| !own.contains(&child) && !has_ended(child))
     }
 }
 
@@ -166,6 +177,7 @@ impl Membership {
             leaves: Count::new()?,
             forks: RefCell::new(Rate::new(HALF_LIFE, Instant::now())),
             seen: Cell::default(),
+            away_until: Cell::default(),
         })
     }
 
@@ -175,14 +187,24 @@ impl Membership {
         &self.leaves
     }
 
-    /// A zygote is warm: it took this long to import what its parent had not, if it has one.
-    pub fn begins(&self, import_micros: u64, parent: Option<String>) {
+    /// A zygote is about to be, forked from that of `parent` if there is one: others count with it from here on.
+    pub fn starts(&self, parent: Option<String>) {
         let mut account = self.account.borrow_mut();
         account.is_alive = true;
-        account.import_micros = import_micros;
         account.parent = parent;
-        // Whoever has waited for it has yet to find it.
+        // Longer than imports take, and then whoever has waited for it has yet to find it.
+        account.busy_until = (now() + 3 * BUSY_FOR).as_secs_f64();
+        drop(account);
+        self.write();
+    }
+
+    /// It is warm: it took this long to import what its parent had not.
+    pub fn begins(&self, import_micros: u64) {
+        let mut account = self.account.borrow_mut();
+        account.import_micros = import_micros;
         account.busy_until = (now() + BUSY_FOR).as_secs_f64();
+        drop(account);
+        self.write();
     }
 
     /// Returns when the zygote is one of those to end.
@@ -190,6 +212,7 @@ impl Membership {
         loop {
             tokio::time::sleep(until_next(now(), LOOK_EVERY)).await;
             self.measure(subject);
+            tokio::time::sleep(DECIDE_AFTER).await;
             let time = now().as_secs_f64();
             let short = self.node.memory.shortage();
             if self.account.borrow().is_kept(time) {
@@ -202,13 +225,15 @@ impl Membership {
             }
             let (weighed, own) = self.all(time);
             if pressure::zygotes(&weighed, self.node.budget(&weighed, short)).contains(&own) {
+                self.away_until
+                    .set(short.map(|_| Instant::now() + AWAY_FOR));
                 return;
             }
             self.seen.set(written);
         }
     }
 
-    /// It has ended for that.
+    /// It has ended for that, or did not come back.
     pub fn rests(&self) {
         let forks = self.forks.borrow().per_second(Instant::now());
         let mut account = self.account.borrow_mut();
@@ -239,7 +264,10 @@ impl Membership {
             account.at = now().as_secs_f64();
         }
         self.write();
-        if self.node.memory.shortage().is_some() {
+        let bytes = self.account.borrow().bytes;
+        let is_away = self.away_until.get().is_some_and(|until| time < until);
+        if is_away || self.node.memory.shortage().is_some() || !self.node.memory.has_room_for(bytes)
+        {
             return false;
         }
         let (weighed, own) = self.all(now().as_secs_f64());
@@ -328,8 +356,9 @@ impl Node {
         budget.min(used.saturating_sub(short.max(1)))
     }
 
-    fn last_written(&self) -> Option<SystemTime> {
-        fs::metadata(&self.accounts).ok()?.modified().ok()
+    fn last_written(&self) -> Option<Written> {
+        let time = |path: &Path| fs::metadata(path).ok()?.modified().ok();
+        Some((time(&self.accounts)?, time(&self.budget)))
     }
 
     /// Appears at once and whole. Changes the time of the directory.
@@ -397,7 +426,8 @@ mod tests {
 
         fn pool(&self, name: &str, parent: Option<&str>, mib: u64, forks: f64) -> Membership {
             let pool = Membership::at(self.node(), name, "tenant", name).unwrap();
-            pool.begins(1_000_000, parent.map(str::to_owned));
+            pool.starts(parent.map(str::to_owned));
+            pool.begins(1_000_000);
             {
                 let mut account = pool.account.borrow_mut();
                 account.bytes = mib * MIB;
@@ -450,7 +480,15 @@ mod tests {
         drop(other);
         assert!(!resting.may_begin(asked));
         assert!(resting.may_begin(&mut None));
+        // Not if it would be short with it, nor soon after it was.
+        there.available(2050);
+        assert!(!resting.may_begin(&mut None));
+        there.available(2150);
+        assert!(resting.may_begin(&mut None));
         there.available(100);
+        assert!(!resting.may_begin(&mut None));
+        there.available(10_000);
+        resting.away_until.set(Some(Instant::now() + AWAY_FOR));
         assert!(!resting.may_begin(&mut None));
     }
 
@@ -463,6 +501,50 @@ mod tests {
         let asks = (0..100).take_while(|_| !resting.may_begin(&mut None));
         let asks = asks.count();
         assert!((2..60).contains(&asks), "{asks}");
+    }
+
+    #[test]
+    fn a_child_that_has_ended_is_no_leaf_and_one_that_runs_is() {
+        let script = "sleep 0 & exec sleep 1000";
+        let mut parent = std::process::Command::new("sh")
+            .args(["-c", script])
+            .spawn()
+            .unwrap();
+        let own = i32::try_from(parent.id()).unwrap();
+        let hierarchies = sock_sandbox::cgroup::Hierarchies::detect().unwrap();
+        let elsewhere = sock_sandbox::cgroup::Location::Path("sock-test-nobody".into());
+        let cgroup = Cgroup::at(&hierarchies, &elsewhere);
+        let subject = Subject {
+            cgroup: &cgroup,
+            pid: own,
+        };
+        let end = Instant::now() + Duration::from_secs(10);
+        while subject.has_leaves() {
+            assert!(Instant::now() < end, "a zombie is taken for a leaf");
+            std::thread::yield_now();
+        }
+        parent.kill().unwrap();
+        parent.wait().unwrap();
+        let script = "sleep 1000 & echo $!; wait";
+        let mut parent = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut output = std::io::BufReader::new(parent.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut output, &mut line).unwrap();
+        let pid = i32::try_from(parent.id()).unwrap();
+        assert!(
+            Subject {
+                cgroup: &cgroup,
+                pid
+            }
+            .has_leaves()
+        );
+        // SAFETY: a child of the child, by its number, which nobody else can have while its parent waits.
+        unsafe { libc::kill(line.trim().parse().unwrap(), libc::SIGKILL) };
+        parent.wait().unwrap();
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 /// Memory is short when less than one part of so many is available, and less than a size in KiB that is enough for any node.
 const SHORT: (u64, u64) = (20, 1 << 20);
-/// Or when nobody got on for want of it for this part of the last ten seconds, in hundredths.
-const STALLED: f64 = 10.0;
+/// Or when nobody got on for want of it for this part of the last ten seconds, in hundredths, and less than one part of so many is available:
+/// a container that meets its own limit stalls alone.
+const STALLED: (f64, u64) = (10.0, 7);
 
 /// Where the kernel says so.
 #[derive(Debug, Clone)]
@@ -33,7 +34,23 @@ impl Memory {
     /// kernel does not say there is enough.
     #[must_use]
     pub fn shortage(&self) -> Option<u64> {
-        missing(&read(&self.meminfo)).or_else(|| is_stalled(&read(&self.pressure)).then_some(0))
+        let meminfo = read(&self.meminfo);
+        let stalls = || {
+            let (total, available) = (kib(&meminfo, "MemTotal:")?, kib(&meminfo, "MemAvailable:")?);
+            (available < total / STALLED.1 && is_stalled(&read(&self.pressure))).then_some(0)
+        };
+        missing(&meminfo).or_else(stalls)
+    }
+
+    /// Whether so many bytes more can be used without its being short then, or nearly so. Where the kernel does not say they can.
+    #[must_use]
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        let meminfo = read(&self.meminfo);
+        let room = || {
+            let (total, available) = (kib(&meminfo, "MemTotal:")?, kib(&meminfo, "MemAvailable:")?);
+            Some(available.saturating_sub(bytes >> 10) >= 2 * wanted(total))
+        };
+        room().unwrap_or(true)
     }
 
     /// All that there is, in bytes.
@@ -52,11 +69,16 @@ fn kib(meminfo: &str, key: &str) -> Option<u64> {
     value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
+/// What should be available, of all that there is, in KiB.
+fn wanted(total: u64) -> u64 {
+    (total / SHORT.0).min(SHORT.1)
+}
+
 /// How many bytes should be available and are not, if so. Where the kernel does not say there are enough.
 #[must_use]
 pub fn missing(meminfo: &str) -> Option<u64> {
     let (total, available) = (kib(meminfo, "MemTotal:")?, kib(meminfo, "MemAvailable:")?);
-    let wanted = (total / SHORT.0).min(SHORT.1);
+    let wanted = wanted(total);
     (available < wanted).then(|| (wanted - available) << 10)
 }
 
@@ -65,7 +87,7 @@ fn is_stalled(pressure: &str) -> bool {
     let full = pressure.lines().find_map(|line| line.strip_prefix("full "));
     let average =
         full.and_then(|line| line.split(' ').find_map(|part| part.strip_prefix("avg10=")));
-    average.is_some_and(|text| text.parse().is_ok_and(|part: f64| part >= STALLED))
+    average.is_some_and(|text| text.parse().is_ok_and(|part: f64| part >= STALLED.0))
 }
 
 /// Since the machine has started.
@@ -122,5 +144,26 @@ mod tests {
         assert!(is_stalled(&text(50.0, 10.0)));
         assert!(!is_stalled(&text(50.0, 9.99)));
         assert!(!is_stalled("") && !is_stalled("full avg10=x"));
+    }
+
+    #[test]
+    fn who_stalls_at_a_limit_of_its_own_takes_nothing_from_others() -> std::io::Result<()> {
+        let there = tempfile::tempdir()?;
+        let (meminfo, pressure) = (there.path().join("meminfo"), there.path().join("memory"));
+        fs::write(
+            &pressure,
+            "full avg10=90.00 avg60=0.00 avg300=0.00 total=2\n",
+        )?;
+        let memory = Memory::at(meminfo.clone(), pressure);
+        let with = |available: u64| {
+            let text = format!("MemTotal: 70000000 kB\nMemAvailable: {available} kB\n");
+            fs::write(&meminfo, text).map(|()| (memory.shortage(), memory.has_room_for(1 << 30)))
+        };
+        assert_eq!(with(10_000_000)?, (None, true));
+        assert_eq!(with(9_999_999)?, (Some(0), true));
+        assert_eq!(with(3 << 20)?, (Some(0), true));
+        assert_eq!(with((3 << 20) - 1)?, (Some(0), false));
+        assert_eq!(with((1 << 20) - 1)?.0, Some(1024));
+        Ok(())
     }
 }

@@ -94,15 +94,16 @@ impl Pod {
         let pod = self.clone();
         tokio::task::spawn_local(async move {
             let exit = process.reap().await;
-            if process.exec_id.is_empty() {
-                pod.end_of_container(&container, exit).await;
-            }
+            let exit = match process.exec_id.is_empty() {
+                true => pod.end_of_container(&container, exit).await,
+                false => exit,
+            };
             pod.announce(&container, &process, exit);
         });
     }
 
-    /// After the first process: the others, whose ends are to be known before its own.
-    async fn end_of_container(&self, container: &Container, exit: Exit) {
+    /// After the first process: the others, whose ends are to be known before its own. Yields how the container has ended.
+    async fn end_of_container(&self, container: &Container, mut exit: Exit) -> Exit {
         if let Role::Function(function) = &container.role {
             function.stop(Duration::ZERO).await;
         }
@@ -129,10 +130,15 @@ impl Pod {
         for exec in execs {
             let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
         }
-        if let Role::Installer(installer) = &container.role {
-            installer.settle(exit.status).await;
+        if let Role::Installer(installer) = &container.role
+            && let Err(line) = installer.settle(exit.status).await
+        {
+            // kubelet takes the last line of the log for the reason.
+            crate::stdio::say(&container.init.paths.stderr, &line);
+            exit.status = 1;
         }
         container.finish_role();
+        exit
     }
 
     fn announce(&self, container: &Container, process: &Process, exit: Exit) {

@@ -35,6 +35,19 @@ pub struct Paths {
     pub terminal: bool,
 }
 
+/// Writes a line to one of containerd's FIFOs, after the process that has written there, if there is room and somebody reads.
+pub fn say(path: &str, line: &str) {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let opened = std::fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    if let Err(error) = opened.and_then(|mut fifo| fifo.write_all(format!("{line}\n").as_bytes())) {
+        tracing::warn!(path, %error, line, "not in the container's log");
+    }
+}
+
 /// Ends that the shim keeps while the process lives.
 #[derive(Debug, Default)]
 pub struct Kept {

@@ -88,8 +88,10 @@ impl Broker {
             // These packets are the first on a new socket: there is room for them, or the peer is gone.
             let sent = protocol::send(&peer, attached, &fds)
                 .and_then(|()| protocol::send(&peer, &Counted::Leaves, &[leaves.0.as_fd()]));
-            if let Err(error) = sent {
-                tracing::debug!(%error, "a shim left before it was attached");
+            match sent {
+                // Who comes will ask, and one of a release that does not count says so in no other way.
+                Ok(()) => leaves.add(),
+                Err(error) => tracing::debug!(%error, "a shim left before it was attached"),
             }
         }
     }

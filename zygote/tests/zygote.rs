@@ -830,7 +830,7 @@ fn a_broker_leads_to_its_zygote_and_stale_sockets_go() {
         let function = Function::new(&pool, NUMBERS, &[]);
         answer(&function.leaf(&found.zygote, true, None).await.unwrap()).await;
         let theirs = found.leaves.unwrap();
-        assert_eq!(leaves.take(), 0);
+        assert_eq!((leaves.take(), leaves.take()), (1, 0), "that it attached");
         theirs.add();
         theirs.add();
         assert_eq!((leaves.take(), leaves.take()), (2, 0));

@@ -349,8 +349,11 @@ impl Pools {
         let found = match sock_zygote::attach(directory).await {
             Ok(Look::Found(found)) => *found,
             Ok(look) => {
-                self.resting
-                    .set(self.resting.get() || matches!(look, Look::Resting));
+                // An ancestor that rests says nothing of the pod's own pool, which may only just start.
+                let own = self.directories.first();
+                if own.is_some_and(|own| own.path == directory) {
+                    self.resting.set(matches!(look, Look::Resting));
+                }
                 return None;
             }
             Err(error) => {

@@ -123,7 +123,7 @@ impl Descent {
         (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
     ) -> Result<(Channel, OwnedFd, i32, Parent), Failure> {
         let spec = &container.spec;
-        let init = container.init.pid();
+        let init = container.running()?;
         let mut namespaces = Vec::new();
         for (kind, file) in [
             (ZygoteFd::Pid, "pid"),
@@ -281,9 +281,11 @@ impl Parent {
             return std::future::pending().await;
         };
         loop {
-            sleep(LOOK_AGAIN).await;
-            if let Ok(Look::Found(_)) = sock_zygote::attach(directory).await {
-                return;
+            match sock_zygote::attach(directory).await {
+                Ok(Look::Found(_)) => return,
+                // Each look asks for it, and nobody here needs it.
+                Ok(Look::Resting) => sleep(LOOK_SELDOM).await,
+                Ok(Look::Nobody) | Err(_) => sleep(LOOK_AGAIN).await,
             }
         }
     }

@@ -65,12 +65,7 @@ pub(super) async fn launch(container: &Container, process: &Process) -> Result<(
             process.exec_id
         )));
     }
-    if container.init.phase() != Phase::Running {
-        return Err(Failure::precondition(format!(
-            "container {} is not running",
-            container.id
-        )));
-    }
+    container.running()?;
     let mut spec = process
         .spec
         .borrow()

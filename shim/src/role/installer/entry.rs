@@ -6,13 +6,18 @@
 //!
 //! All of this takes as long as reading the packages, so it is done by a process of its own (`containerd-shim-sock-v1 cache`).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fchmod, fchown, fstat, linkat, mkdirat,
+    openat, readlinkat, renameat, statat, unlinkat,
+};
+use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 /// Packages, in an entry.
@@ -23,64 +28,103 @@ const LIST: &str = "files";
 const STORE: &str = ".files";
 /// Below this a file takes a block of the disk and a page of memory at most.
 const LEAST_SHARED: u64 = 4096;
-/// Of a list that is read: 100,000 files with long names.
-const LONGEST_LIST: u64 = 64 << 20;
+/// Of a list that is read.
+const LONGEST_LIST: u64 = 256 << 20;
+/// What an entry may have: files and directories, their names together, one below the other, and bytes. Far more than any PackageSet has, and what a process
+/// can keep in mind.
+const MOST: Most = Most {
+    files: 1_000_000,
+    names: 128 << 20,
+    depth: 64,
+    bytes: 128 << 30,
+};
+
+struct Most {
+    files: usize,
+    names: usize,
+    depth: usize,
+    bytes: u64,
+}
 
 /// Takes an installation into the cache of a tenant: `staging` becomes `entry`, whole or not at all. Yields how many files are shared
 /// with other entries.
+///
+/// Whoever has written there may still have a descriptor of a directory, in another container of its pod: so nothing is
+/// reached by a path that it could change, but from one opened directory to the next.
 ///
 /// # Errors
 /// What cannot be read or written. An entry that is there already is one: it holds the same packages.
 pub fn take_in(staging: &Path, entry: &Path) -> io::Result<usize> {
     let tenant = entry.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let store = Store::of(tenant)?;
+    let top = directory(CWD, staging.as_os_str())?;
+    // From here on only the packages themselves are the installer's.
+    fchown(
+        &top,
+        Some(rustix::process::Uid::ROOT),
+        Some(rustix::process::Gid::ROOT),
+    )?;
     let mut shared = 0;
-    let list = list(&staging.join(PACKAGES), |path, about, digest| {
-        shared += usize::from(store.share(path, about, digest));
+    let list = list(directory(&top, OsStr::new(PACKAGES))?, false, |file| {
+        shared += usize::from(store.share(file));
     })?;
-    let place = staging.join(LIST);
-    // The directory was the installer's until now.
-    remove(&place)?;
-    let mut file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(place)?;
-    file.write_all(&list)?;
-    rustix::fs::syncfs(&file)?;
+    write(&top, &list)?;
+    rustix::fs::syncfs(&top)?;
     fs::rename(staging, entry)?;
     File::open(tenant)?.sync_all()?;
     Ok(shared)
 }
 
-/// What in an entry is not what was installed, if anything: the first path at fault. An entry of a release that wrote no list is taken as it is
-/// from here on.
+/// What in an entry is not what was installed, if anything: the first path at fault, also one that cannot be read. An entry of a release that wrote no
+/// list is taken as it is from here on.
 ///
 /// # Errors
-/// It cannot be read.
+/// Its directories cannot be read.
 pub fn altered(entry: &Path) -> io::Result<Option<PathBuf>> {
-    let now = list(&entry.join(PACKAGES), |_, _, _| {})?;
-    let place = entry.join(LIST);
-    let opened = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(&place);
-    let mut then = Vec::new();
-    match opened {
-        Ok(file) if file.metadata()?.is_file() && file.metadata()?.uid() == 0 => {
-            file.take(LONGEST_LIST).read_to_end(&mut then)?;
-        }
-        Ok(_) => return Ok(Some(LIST.into())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let new = entry.join(format!("{LIST}.new"));
-            remove(&new)?;
-            fs::write(&new, &now)?;
-            fs::rename(new, place)?;
+    let top = directory(CWD, entry.as_os_str())?;
+    let now = list(directory(&top, OsStr::new(PACKAGES))?, true, |_| {})?;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match openat(&top, LIST, flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT) => {
+            write(&top, &now)?;
             return Ok(None);
         }
-        Err(e) => return Err(e),
+        Err(_) => return Ok(Some(LIST.into())),
+    };
+    let about = fstat(&file)?;
+    if FileType::from_raw_mode(about.st_mode) != FileType::RegularFile || about.st_uid != 0 {
+        return Ok(Some(LIST.into()));
     }
+    let mut then = Vec::new();
+    File::from(file).take(LONGEST_LIST).read_to_end(&mut then)?;
     Ok(first_difference(&then, &now))
+}
+
+fn directory(below: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(openat(below, name, flags, Mode::empty())?)
+}
+
+/// Writes the list, in place of whatever is there.
+fn write(top: &OwnedFd, list: &[u8]) -> io::Result<()> {
+    let new = format!("{LIST}.new");
+    remove(top, &new)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = File::from(openat(top, &new, flags, Mode::from_raw_mode(0o600))?);
+    file.write_all(list)?;
+    file.sync_all()?;
+    remove(top, LIST)?;
+    Ok(renameat(top, &new, top, LIST)?)
+}
+
+/// A file, a link, or an empty directory.
+fn remove(top: &OwnedFd, name: &str) -> io::Result<()> {
+    match unlinkat(top, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ISDIR) => Ok(unlinkat(top, name, AtFlags::REMOVEDIR)?),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// The path of the first line that only one of two lists has.
@@ -104,40 +148,53 @@ fn first_difference(then: &[u8], now: &[u8]) -> Option<PathBuf> {
     })
 }
 
+/// A regular file that was read.
+struct Seen<'a> {
+    directory: &'a OwnedFd,
+    name: &'a OsStr,
+    about: Stat,
+    digest: &'a str,
+}
+
 /// A line for all that is in a directory, at any depth, in the order of the paths: kind, mode, owner, group, size and SHA-256 of the content or, of a
-/// link, of what it names; then the path. Each regular file is given to `seen` with its digest.
-fn list(directory: &Path, mut seen: impl FnMut(&Path, &fs::Metadata, &str)) -> io::Result<Vec<u8>> {
+/// link, of what it names; then the path. Each regular file is given to `seen`. What cannot be read gets a line that no other list has, or is an error.
+fn list(top: OwnedFd, or_say_so: bool, mut seen: impl FnMut(&Seen<'_>)) -> io::Result<Vec<u8>> {
     let mut lines: Vec<(OsString, String)> = Vec::new();
-    let mut left = vec![(directory.to_owned(), OsString::new())];
-    while let Some((from, below)) = left.pop() {
-        for one in fs::read_dir(&from)? {
+    let (mut names, mut bytes) = (0, 0_u64);
+    let mut left = vec![(top, OsString::new(), 0)];
+    while let Some((from, below, depth)) = left.pop() {
+        for one in Dir::read_from(&from)? {
             let one = one?;
-            let path = one.path();
+            let own = OsString::from_vec(one.file_name().to_bytes().to_vec());
+            if own == "." || own == ".." {
+                continue;
+            }
             let mut name = below.clone();
             if !name.is_empty() {
                 name.push("/");
             }
-            name.push(one.file_name());
-            let about = fs::symlink_metadata(&path)?;
-            let kind = about.file_type();
-            let (letter, size, digest) = if kind.is_file() {
-                let digest = digest(&path)?;
-                seen(&path, &about, &digest);
-                ('f', about.len(), digest)
-            } else if kind.is_symlink() {
-                let target = fs::read_link(&path)?;
-                ('l', 0, hex(&Sha256::digest(target.as_os_str().as_bytes())))
-            } else if kind.is_dir() {
-                left.push((path, name.clone()));
-                ('d', 0, String::new())
-            } else {
-                // Devices cannot be opened there.
-                let other = if kind.is_fifo() { 'p' } else { 'o' };
-                (other, 0, String::new())
+            name.push(&own);
+            let line = match line(&from, &own, &mut seen) {
+                Ok((line, size, inner)) => {
+                    bytes = bytes.saturating_add(size);
+                    left.extend(inner.map(|inner| (inner, name.clone(), depth + 1)));
+                    line
+                }
+                Err(error) if or_say_so => format!("? {}", error.kind()),
+                Err(error) => {
+                    let what = format!("{}: {error}", Path::new(&name).display());
+                    return Err(io::Error::new(error.kind(), what));
+                }
             };
-            let (mode, uid, gid) = rights(&about);
-            let line = format!("{letter} {mode:o} {uid} {gid} {size} {digest}");
+            names += name.len() + line.len();
             lines.push((name, line));
+            if lines.len() > MOST.files
+                || names > MOST.names
+                || depth >= MOST.depth
+                || bytes > MOST.bytes
+            {
+                return Err(io::Error::other("more files than packages have"));
+            }
         }
     }
     lines.sort();
@@ -150,17 +207,55 @@ fn list(directory: &Path, mut seen: impl FnMut(&Path, &fs::Metadata, &str)) -> i
     Ok(text)
 }
 
-/// Mode, owner and group.
-fn rights(about: &fs::Metadata) -> (u32, u32, u32) {
-    (about.mode() & 0o7777, about.uid(), about.gid())
+/// What is to be said of one, its size, and itself if it is a directory.
+fn line(
+    from: &OwnedFd,
+    name: &OsStr,
+    seen: &mut impl FnMut(&Seen<'_>),
+) -> io::Result<(String, u64, Option<OwnedFd>)> {
+    let mut about = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let (letter, size, digest, inner) = match FileType::from_raw_mode(about.st_mode) {
+        FileType::RegularFile => {
+            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let file = openat(from, name, flags, Mode::empty())?;
+            about = fstat(&file)?;
+            let size = u64::try_from(about.st_size).unwrap_or_default();
+            if size > MOST.bytes || FileType::from_raw_mode(about.st_mode) != FileType::RegularFile
+            {
+                return Err(io::Error::other("it is no file of a package"));
+            }
+            let digest = digest(File::from(file))?;
+            seen(&Seen {
+                directory: from,
+                name,
+                about,
+                digest: &digest,
+            });
+            ('f', size, digest, None)
+        }
+        FileType::Symlink => {
+            let target = readlinkat(from, name, Vec::new())?;
+            ('l', 0, hex(&Sha256::digest(target.to_bytes())), None)
+        }
+        FileType::Directory => {
+            let inner = directory(from, name)?;
+            about = fstat(&inner)?;
+            ('d', 0, "-".into(), Some(inner))
+        }
+        _ => ('o', 0, "-".into(), None),
+    };
+    let (mode, uid, gid) = rights(&about);
+    let line = format!("{letter} {mode:o} {uid} {gid} {size} {digest}");
+    Ok((line, size, inner))
 }
 
-/// SHA-256 of a regular file, which nothing is waited for in.
-fn digest(path: &Path) -> io::Result<String> {
-    let mut file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
+/// Mode, owner and group.
+fn rights(about: &Stat) -> (u32, u32, u32) {
+    (about.st_mode & 0o7777, about.st_uid, about.st_gid)
+}
+
+/// SHA-256 of what is left to read.
+fn digest(mut file: File) -> io::Result<String> {
     let mut sum = Sha256::new();
     let mut piece = vec![0; 256 << 10];
     loop {
@@ -180,73 +275,66 @@ fn hex(bytes: &[u8]) -> String {
     text
 }
 
-/// A file, a link, or whatever is there.
-fn remove(path: &Path) -> io::Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(about) if about.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(e) => Err(e),
-    };
-    match removed {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
-}
-
-/// Files of a tenant by what they contain.
-struct Store(PathBuf);
+/// Files of a tenant by what they contain: a directory that is root's alone.
+struct Store(OwnedFd);
 
 impl Store {
     fn of(tenant: &Path) -> io::Result<Store> {
-        let path = tenant.join(STORE);
-        fs::DirBuilder::new().recursive(true).create(&path)?;
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-        Ok(Store(path))
+        match mkdirat(CWD, tenant.join(STORE), Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let store = directory(CWD, tenant.join(STORE).as_os_str())?;
+        fchmod(&store, Mode::RWXU)?;
+        Ok(Store(store))
     }
 
     /// Makes a file one with its equal in the store, or its first if there is none. That it does not get there costs room.
-    fn share(&self, path: &Path, about: &fs::Metadata, digest: &str) -> bool {
-        if about.len() < LEAST_SHARED || about.nlink() > 1 {
+    fn share(&self, file: &Seen<'_>) -> bool {
+        if u64::try_from(file.about.st_size).is_ok_and(|size| size < LEAST_SHARED)
+            || file.about.st_nlink > 1
+        {
             return false;
         }
-        let (mode, uid, gid) = rights(about);
-        let stored = self.0.join(format!("{digest}-{mode:o}-{uid}-{gid}"));
-        let shared = match self.link_to(&stored, path, rights(about), digest) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                fs::hard_link(path, &stored).map(|()| false)
+        let (mode, uid, gid) = rights(&file.about);
+        let stored = format!("{}-{mode:o}-{uid}-{gid}", file.digest);
+        let shared = match self.link_to(&stored, file) {
+            Err(Errno::NOENT) => {
+                let flags = AtFlags::empty();
+                linkat(file.directory, file.name, &self.0, &stored, flags).map(|()| false)
             }
             other => other,
         };
-        shared.unwrap_or_else(|error| {
-            tracing::debug!(path = %path.display(), %error, "not shared");
+        shared.unwrap_or_else(|errno| {
+            tracing::debug!(name = %Path::new(file.name).display(), %errno, "not shared");
             false
         })
     }
 
-    fn link_to(
-        &self,
-        stored: &Path,
-        path: &Path,
-        wanted: (u32, u32, u32),
-        digest: &str,
-    ) -> io::Result<bool> {
+    fn link_to(&self, stored: &str, file: &Seen<'_>) -> rustix::io::Result<bool> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let found = openat(&self.0, stored, flags, Mode::empty())?;
         // What it is called is what it was: what it is now is looked at.
-        if rights(&fs::symlink_metadata(stored)?) != wanted || self::digest(stored)? != digest {
-            fs::remove_file(stored)?;
-            return Err(io::ErrorKind::NotFound.into());
+        let is_same = rights(&fstat(&found)?) == rights(&file.about)
+            && digest(File::from(found)).is_ok_and(|digest| digest == file.digest);
+        if !is_same {
+            unlinkat(&self.0, stored, AtFlags::empty())?;
+            return Err(Errno::NOENT);
         }
-        let number = std::process::id();
-        let new = self.0.join(format!(".new-{number}"));
-        remove(&new)?;
-        match fs::hard_link(stored, &new) {
+        let new = format!(".new-{}", std::process::id());
+        match unlinkat(&self.0, &new, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+        match linkat(&self.0, stored, &self.0, &new, AtFlags::empty()) {
             // It has as many names as the file system allows: from here on another has the next ones.
-            Err(e) if e.raw_os_error() == Some(libc::EMLINK) => {
-                fs::remove_file(stored)?;
-                return Err(io::ErrorKind::NotFound.into());
+            Err(Errno::MLINK) => {
+                unlinkat(&self.0, stored, AtFlags::empty())?;
+                return Err(Errno::NOENT);
             }
             other => other?,
         }
-        fs::rename(&new, path)?;
+        renameat(&self.0, &new, file.directory, file.name)?;
         Ok(true)
     }
 }
@@ -256,6 +344,8 @@ impl Store {
 /// # Errors
 /// What cannot be done, in words.
 pub fn answer(arguments: &[OsString]) -> Result<String, String> {
+    // What a tenant has installed decides how much memory this takes: the shim, whose score it has, is never killed for that.
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
     let failed = |path: &OsString, e: &io::Error| format!("{}: {e}", path.display());
     match arguments {
         [word, staging, entry] if word == "take" => take_in(Path::new(staging), Path::new(entry))
@@ -271,7 +361,8 @@ pub fn answer(arguments: &[OsString]) -> Result<String, String> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt as _, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -376,6 +467,75 @@ mod tests {
         assert_eq!(fs::read(outside).unwrap(), large(7));
         assert_eq!(altered(&tenant.at("entry")).unwrap(), None);
         assert_eq!(fs::read_dir(tenant.at(STORE)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn directories_that_turn_into_links_lead_nowhere() {
+        let tenant = Tenant::new();
+        let outside = tenant.at("outside");
+        fs::create_dir(&outside).unwrap();
+        let content = large(5);
+        tenant.install("first", &[("d/x.so", &content)]);
+        let (inside, link) = (tenant.at(".staging/site-packages/d"), tenant.at("link"));
+        let exchange = || {
+            let flags = rustix::fs::RenameFlags::EXCHANGE;
+            let _ = rustix::fs::renameat_with(CWD, &inside, CWD, &link, flags);
+        };
+        for number in 0..200 {
+            fs::create_dir_all(&inside).unwrap();
+            fs::write(inside.join("x.so"), &content).unwrap();
+            symlink(&outside, &link).unwrap();
+            fs::write(outside.join("x.so"), &content).unwrap();
+            let over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        exchange();
+                    }
+                });
+                // Whatever it finds, or takes in.
+                let _ = take_in(
+                    &tenant.at(".staging"),
+                    &tenant.at(&format!("entry-{number}")),
+                );
+                over.store(true, Ordering::Relaxed);
+            });
+            let about = fs::metadata(outside.join("x.so")).unwrap();
+            assert_eq!(
+                about.nlink(),
+                1,
+                "a stored file is outside, or a file from there stored"
+            );
+            for left in [tenant.at(".staging"), link.clone()] {
+                let _ = fs::remove_dir_all(&left);
+                let _ = fs::remove_file(&left);
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_at_fault_and_what_no_package_has_is_refused() {
+        let tenant = Tenant::new();
+        tenant.install("one", &[("a.so", &large(1))]);
+        let top = directory(CWD, tenant.at("one/site-packages").as_os_str()).unwrap();
+        let said = list(top, true, |_| {}).unwrap();
+        let unread = String::from_utf8(said.clone()).unwrap().replace('f', "?");
+        assert_eq!(
+            first_difference(&said, unread.as_bytes()),
+            Some("a.so".into())
+        );
+        let mut deep = tenant.at(".staging").join(PACKAGES);
+        for _ in 0..=MOST.depth {
+            deep.push("d");
+        }
+        fs::create_dir_all(deep).unwrap();
+        assert!(take_in(&tenant.at(".staging"), &tenant.at("two")).is_err());
+        fs::remove_dir_all(tenant.at(".staging")).unwrap();
+        let packages = tenant.at(".staging").join(PACKAGES);
+        fs::create_dir_all(&packages).unwrap();
+        let sparse = File::create(packages.join("sparse")).unwrap();
+        sparse.set_len(MOST.bytes + 1).unwrap();
+        assert!(take_in(&tenant.at(".staging"), &tenant.at("two")).is_err());
     }
 
     #[test]

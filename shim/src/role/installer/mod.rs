@@ -11,10 +11,9 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use oci_spec::runtime::Spec;
@@ -38,7 +37,7 @@ const MOST_REQUIREMENTS: u64 = 2 << 20;
 /// Of an entry, whose packages are all read: kubelet gives up on a container's creation after two minutes.
 const LOOKED_WITHIN: Duration = Duration::from_secs(60);
 /// Reading, and writing to the disk whatever waits for that.
-const TAKEN_WITHIN: Duration = Duration::from_secs(300);
+const TAKEN_WITHIN: Duration = Duration::from_secs(180);
 /// For another that installs the same.
 const TURN_WITHIN: Duration = Duration::from_secs(45);
 /// Between two looks whether it has.
@@ -134,9 +133,10 @@ impl Installer {
         };
         tracing::warn!(entry = %self.entry.display(), fault, "is not what was installed: installed anew");
         add_env(spec, "SOCK_ALTERED", &fault);
-        // Whoever uses it goes on with it; the node installer removes it.
-        let aside = Path::new(CACHE).join(format!(".removed-{}", self.id));
-        std::fs::rename(&self.entry, aside)?;
+        // Whoever has it mounted goes on with it. The node installer removes it when nobody uses what it was.
+        let name = self.entry.file_name().unwrap_or_default();
+        let aside = format!(".altered-{}-{}", name.display(), self.id);
+        std::fs::rename(&self.entry, self.entry.with_file_name(aside))?;
         Ok(false)
     }
 
@@ -150,12 +150,15 @@ impl Installer {
     }
 
     /// After its end, before anybody is told of it: takes what it has left into the cache.
-    pub async fn settle(&self, status: u32) {
+    ///
+    /// # Errors
+    /// It is not there then: the container has failed, whatever its status.
+    pub async fn settle(&self, status: u32) -> Result<(), String> {
         let Some(staging) = self.staging.borrow().clone() else {
-            return;
+            return Ok(());
         };
-        if status != 0 || !is_real_directory(&staging.join(entry::PACKAGES)) {
-            return;
+        if status != 0 {
+            return Ok(());
         }
         let arguments = [
             OsStr::new("take"),
@@ -167,11 +170,19 @@ impl Installer {
                 tracing::info!(entry = %self.entry.display(), shared, "taken into the cache");
                 self.record();
             }
-            // Another pod of the same set was first, perhaps: its packages are the same.
+            // Another pod of the same set was first: its packages are the same.
+            Err(error) if is_real_directory(&self.entry.join(entry::PACKAGES)) => {
+                tracing::info!(entry = %self.entry.display(), %error, "not taken into the cache");
+            }
             Err(error) => {
-                tracing::warn!(entry = %self.entry.display(), %error, "not taken into the cache");
+                let cache = self.entry.display();
+                tracing::warn!(entry = %cache, %error, "not taken into the cache");
+                return Err(format!(
+                    "sock: what was installed is not taken into the node cache, {cache}: {error}"
+                ));
             }
         }
+        Ok(())
     }
 
     /// Removes what was not taken, and lets the next one have its turn.
@@ -202,32 +213,71 @@ async fn turn(directory: &Path) -> Result<Option<File>, Failure> {
 
 /// Has a process of its own do what reads all of an entry: this one serves a pod meanwhile, and has no threads. Yields its answer.
 async fn run(arguments: &[&OsStr], within: Duration) -> Result<String, Failure> {
-    let mut child = Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    command
         .arg("cache")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let pid = i32::try_from(child.id()).map_err(Failure::unknown)?;
-    let _claim = Claim::new(pid);
-    let number = rustix::process::Pid::from_child(&child);
-    let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())
-        .map_err(std::io::Error::from)?;
-    let ended = crate::async_fd::watch(pidfd.as_fd().try_clone_to_owned()?, Interest::READABLE)?;
-    if timeout(within, ended.readable()).await.is_err() {
-        child.kill()?;
-        child.wait()?;
+        .stderr(Stdio::piped());
+    let mut reader = Reader::start(&mut command)?;
+    if timeout(within, reader.ended()).await.is_err() {
         return Err(Failure::unknown(format!(
             "not done within {} s",
             within.as_secs()
         )));
     }
-    let output = child.wait_with_output()?;
+    let output = reader.output()?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     match output.status.success() {
         true => Ok(text(&output.stdout)),
+        false if output.stderr.is_empty() => Err(Failure::unknown(output.status)),
         false => Err(Failure::unknown(text(&output.stderr))),
+    }
+}
+
+/// That process. When nobody waits for it any more it is killed; it ends when the disk lets it.
+struct Reader(Option<(Child, Claim)>);
+
+impl Reader {
+    fn start(command: &mut Command) -> Result<Reader, Failure> {
+        let child = command.spawn()?;
+        let pid = i32::try_from(child.id()).map_err(Failure::unknown)?;
+        Ok(Reader(Some((child, Claim::new(pid)))))
+    }
+
+    async fn ended(&self) -> std::io::Result<()> {
+        match &self.0 {
+            Some((child, _)) => ended(child).await,
+            None => Ok(()),
+        }
+    }
+
+    /// What it has said, once it has ended.
+    fn output(&mut self) -> std::io::Result<Output> {
+        let (child, _claim) = self.0.take().ok_or(std::io::ErrorKind::NotFound)?;
+        child.wait_with_output()
+    }
+}
+
+async fn ended(child: &Child) -> std::io::Result<()> {
+    let number = rustix::process::Pid::from_child(child);
+    let pidfd = rustix::process::pidfd_open(number, rustix::process::PidfdFlags::empty())?;
+    let pidfd = crate::async_fd::watch(pidfd, Interest::READABLE)?;
+    pidfd.readable().await.map(drop)
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let Some((mut child, claim)) = self.0.take() else {
+            return;
+        };
+        let _ = child.kill();
+        tokio::task::spawn_local(async move {
+            let _ = ended(&child).await;
+            let _ = child.wait();
+            drop(claim);
+        });
     }
 }
 

@@ -254,14 +254,15 @@ impl ZygoteContainer {
             .take()
             .ok_or_else(|| Failure::precondition("the zygote was started before"))?;
         let until = self.begun + READY_WITHIN;
-        let living = self.begin(container, origin, until).await?;
         let name = &self.config.name;
-        let path = name.pools(Path::new(POOLS));
-        let path = path.join(format!("{}.sock", container.sandbox));
-        let broker = Broker::listen(&path).map_err(Failure::unknown)?;
         let membership = Membership::new(&container.sandbox, &name.tenant, &name.digest);
         let membership = Rc::new(membership.map_err(Failure::unknown)?);
         *self.membership.borrow_mut() = Some(Rc::clone(&membership));
+        membership.starts(self.parent_of(&origin));
+        let living = self.begin(container, origin, until).await?;
+        let path = name.pools(Path::new(POOLS));
+        let path = path.join(format!("{}.sock", container.sandbox));
+        let broker = Broker::listen(&path).map_err(Failure::unknown)?;
         self.tell(&living);
         let document = Rc::clone(&self.document);
         match StatusServer::start(self.config.status_port, move || document.borrow().clone()) {
@@ -341,26 +342,33 @@ impl ZygoteContainer {
         })
     }
 
-    /// Starts another after one has ended for others, where that one was.
-    async fn begin_again(&self, container: &Container) -> Result<Living, Failure> {
+    /// DIGEST of the zygote that one is forked from.
+    fn parent_of(&self, origin: &Origin) -> Option<String> {
+        let parent = self.config.parent.as_ref();
+        let parent = parent.filter(|_| matches!(origin, Origin::Descent(_)));
+        parent.map(|parent| parent.digest.clone())
+    }
+
+    /// How another comes to be after one has ended for others, where that one was. `None`: there is nobody to descend from now.
+    ///
+    /// # Errors
+    /// It has to be somewhere else.
+    async fn origin_again(&self) -> Result<Option<Origin>, Failure> {
         let is_nested = match &*self.holder.borrow() {
             Some(holder) => holder.is_nested(),
             None => return Err(Failure::precondition("the zygote has no namespaces")),
         };
-        let origin = if is_nested {
-            let born = Descent::begin(&self.config, self.user).await;
-            let born = born.ok_or_else(|| Failure::unknown("there is nobody to descend from"))?;
-            let (descent, outer) = born;
-            let holder = self.holder.borrow();
-            if !holder.as_ref().is_some_and(|h| h.is_within(&outer)) {
-                return Err(Failure::unknown("another is there to descend from"));
-            }
-            Origin::Descent(Box::new(descent))
-        } else {
-            Origin::Program
+        if !is_nested {
+            return Ok(Some(Origin::Program));
+        }
+        let Some((descent, outer)) = Descent::begin(&self.config, self.user).await else {
+            return Ok(None);
         };
-        self.begin(container, origin, Instant::now() + READY_WITHIN)
-            .await
+        let holder = self.holder.borrow();
+        if !holder.as_ref().is_some_and(|h| h.is_within(&outer)) {
+            return Err(Failure::unknown("another is there to descend from"));
+        }
+        Ok(Some(Origin::Descent(Box::new(descent))))
     }
 
     /// What those who attach are told of a zygote.
@@ -388,7 +396,7 @@ impl ZygoteContainer {
             .collect();
         *self.document.borrow_mut() = json!({"ready": true, "resting": false, "importMicros": warm.import_micros, "modules": modules, "parent": parent});
         if let Some(membership) = &*self.membership.borrow() {
-            membership.begins(warm.import_micros, parent);
+            membership.begins(warm.import_micros);
         }
     }
 
@@ -492,8 +500,16 @@ async fn tend(
             }
             Next::Rests => {}
         }
-        rest(pool, &container, &membership, living).await;
-        living = match until_wanted(pool, &container, &broker, &membership).await {
+        if !rest(pool, &container, living).await {
+            tracing::warn!("what the zygote has started does not end: the container does");
+            return end(&init, 0);
+        }
+        membership.rests();
+        let again = tokio::select! {
+            again = until_back(pool, &container, &broker, &membership) => again,
+            _ = init.wait() => return,
+        };
+        living = match again {
             Ok(living) => living,
             Err(reason) => {
                 // It is made anew, and tells kubelet if it cannot be.
@@ -553,13 +569,8 @@ async fn serve(
     }
 }
 
-/// Ends a zygote whose container stays.
-async fn rest(
-    pool: &ZygoteContainer,
-    container: &Container,
-    membership: &Membership,
-    living: Living,
-) {
+/// Ends a zygote whose container stays. False if something is left of it.
+async fn rest(pool: &ZygoteContainer, container: &Container, living: Living) -> bool {
     let Living {
         zygote, process, ..
     } = living;
@@ -573,15 +584,21 @@ async fn rest(
     }
     drop(zygote);
     process.kill();
-    let _ = tokio::time::timeout(REAPED_WITHIN, process.ended()).await;
-    end_others(container);
-    membership.rests();
+    let ended = tokio::time::timeout(REAPED_WITHIN, process.ended()).await;
+    // Its spares, and what packages have started, which may go on starting.
+    for pause in 1..=20 {
+        if end_others(container) == 0 {
+            return ended.is_ok();
+        }
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+    false
 }
 
-/// Ends what a zygote has left in its container: spares, and what packages have started.
-fn end_others(container: &Container) {
+/// Ends what a zygote has left in its container. Yields how many processes that were.
+fn end_others(container: &Container) -> usize {
     let Some(cgroup) = container.cgroup.borrow().clone() else {
-        return;
+        return 0;
     };
     let execs = container.execs.borrow();
     let is_other =
@@ -595,13 +612,12 @@ fn end_others(container: &Container) {
     let others: Vec<_> = others.filter_map(open).collect();
     // A number may have become another's before it was opened, who is not in the cgroup.
     let there = cgroup.processes().unwrap_or_default();
-    for (_, pidfd) in others.iter().filter(|(pid, _)| there.contains(pid)) {
-        signal(pidfd, libc::SIGKILL);
-    }
+    let there = others.iter().filter(|(pid, _)| there.contains(pid));
+    there.map(|(_, pidfd)| signal(pidfd, libc::SIGKILL)).count()
 }
 
 /// While there is no zygote: waits until one is asked for and may be, and starts it. Whoever asks meanwhile is told that there is none.
-async fn until_wanted(
+async fn until_back(
     pool: &ZygoteContainer,
     container: &Container,
     broker: &Broker,
@@ -610,20 +626,34 @@ async fn until_wanted(
     let mut asked = None;
     loop {
         broker.refuse().await.map_err(Failure::unknown)?;
-        if membership.may_begin(&mut asked) {
-            break;
+        if !membership.may_begin(&mut asked) {
+            continue;
         }
-    }
-    let refuse = async {
-        loop {
-            if let Err(error) = broker.refuse().await {
-                return error;
+        let refuse = async {
+            loop {
+                if let Err(error) = broker.refuse().await {
+                    return error;
+                }
             }
+        };
+        let back = async {
+            let Some(origin) = pool.origin_again().await? else {
+                return Ok(None);
+            };
+            membership.starts(pool.parent_of(&origin));
+            let until = Instant::now() + READY_WITHIN;
+            pool.begin(container, origin, until).await.map(Some)
+        };
+        let back = tokio::select! {
+            back = back => back,
+            error = refuse => Err(Failure::unknown(error)),
+        };
+        match back {
+            Ok(Some(living)) => return Ok(living),
+            // What it extends rests, too, and may not come back: the nearest ancestor that lives serves its Functions.
+            Ok(None) => {}
+            Err(error) => return Err(error),
         }
-    };
-    tokio::select! {
-        living = pool.begin_again(container) => living,
-        error = refuse => Err(Failure::unknown(error)),
     }
 }
 

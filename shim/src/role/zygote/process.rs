@@ -45,7 +45,7 @@ impl ZygoteProcess {
         let entrances = cgroup.entrances()?;
         let linux = container.spec.linux().as_ref();
         let launched = sock_sandbox::exec(ExecPlan {
-            target: container.init.pid(),
+            target: container.running()?,
             process: specified,
             linux,
             seccomp: linux.and_then(|l| l.seccomp().as_ref()),
