@@ -140,12 +140,13 @@ fn what_the_cache_cannot_take_is_no_success() {
         node.shell(hinder, &[uid])?;
         let set = manifest::package_set_of("numbers", &lines(&["numpy"]), &["numpy"]);
         namespace.apply(&[manifest::only_on(&node.name, set)])?;
-        let message =
-            namespace.message_of("packageset/numbers", "Installed", "False", 2 * MINUTE)?;
-        ensure!(
-            message.contains("not taken into the node cache"),
-            "{message}"
-        );
+        until("the PackageSet says why", 2 * MINUTE, || {
+            let message =
+                namespace.message_of("packageset/numbers", "Installed", "False", MINUTE)?;
+            Ok(message
+                .contains("not taken into the node cache")
+                .then_some(()))
+        })?;
         node.shell(r#"rm "/var/lib/sock/cache/$1/.files""#, &[uid])?;
         namespace.wait_for("packageset/numbers", "Ready", 3 * MINUTE)
     });

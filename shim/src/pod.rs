@@ -131,10 +131,8 @@ impl Pod {
             let _ = tokio::time::timeout(Duration::from_secs(2), exec.wait()).await;
         }
         if let Role::Installer(installer) = &container.role
-            && let Err(line) = installer.settle(exit.status).await
+            && installer.settle(exit.status).await.is_err()
         {
-            // kubelet takes the last line of the log for the reason.
-            crate::stdio::say(&container.init.paths.stderr, &line);
             exit.status = 1;
         }
         container.finish_role();

@@ -157,7 +157,11 @@ async fn build(
             Program::Holder(HolderKind::Pod)
         }
         Role::Sandbox => Program::Holder(HolderKind::Pod),
-        Role::Plain | Role::Installer(_) => Program::Specified,
+        Role::Installer(installer) => {
+            installer.keep_log(streams.stderr.as_ref())?;
+            Program::Specified
+        }
+        Role::Plain => Program::Specified,
     };
     let hierarchies = pod.hierarchies()?;
     let location = spec

@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -51,6 +52,8 @@ pub struct Installer {
     staging: RefCell<Option<PathBuf>>,
     /// Locked while this one installs.
     turn: RefCell<Option<File>>,
+    /// The container's standard error: whoever reads it stops when nobody has it.
+    log: RefCell<Option<OwnedFd>>,
     entry: PathBuf,
     tenant: String,
     /// To be written down with the entry. An operator of a release that knows nothing of it does not say the image.
@@ -71,6 +74,7 @@ impl Installer {
             id: id.to_owned(),
             staging: RefCell::default(),
             turn: RefCell::default(),
+            log: RefCell::default(),
             entry,
             tenant: name.tenant,
             lock,
@@ -149,11 +153,20 @@ impl Installer {
         }
     }
 
+    /// Keeps the container's standard error until what it has left is taken in.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn keep_log(&self, stderr: Option<&OwnedFd>) -> Result<(), Failure> {
+        *self.log.borrow_mut() = stderr.map(OwnedFd::try_clone).transpose()?;
+        Ok(())
+    }
+
     /// After its end, before anybody is told of it: takes what it has left into the cache.
     ///
     /// # Errors
-    /// It is not there then: the container has failed, whatever its status.
-    pub async fn settle(&self, status: u32) -> Result<(), String> {
+    /// It is not there then, as the log says: the container has failed, whatever its status.
+    pub async fn settle(&self, status: u32) -> Result<(), Failure> {
         let Some(staging) = self.staging.borrow().clone() else {
             return Ok(());
         };
@@ -175,11 +188,13 @@ impl Installer {
                 tracing::info!(entry = %self.entry.display(), %error, "not taken into the cache");
             }
             Err(error) => {
-                let cache = self.entry.display();
-                tracing::warn!(entry = %cache, %error, "not taken into the cache");
-                return Err(format!(
-                    "sock: what was installed is not taken into the node cache, {cache}: {error}"
-                ));
+                tracing::warn!(entry = %self.entry.display(), %error, "not taken into the cache");
+                if let Some(stderr) = &*self.log.borrow() {
+                    let line =
+                        format!("what was installed is not taken into the node cache: {error}");
+                    crate::stdio::say(stderr, &line);
+                }
+                return Err(error);
             }
         }
         Ok(())
@@ -194,6 +209,7 @@ impl Installer {
             tracing::warn!(directory = %staging.display(), error = %e, "is left");
         }
         self.turn.take();
+        self.log.take();
     }
 }
 

@@ -400,17 +400,10 @@ impl ZygoteContainer {
         }
     }
 
-    /// A line in the container's log, if there is room for one.
+    /// A line in the container's log.
     fn log(&self, line: &str) {
-        use rustix::event::{PollFd, PollFlags, poll};
-        let output = self.output.borrow();
-        let Some((_, stderr)) = &*output else { return };
-        // A pipe that is writable takes this many bytes at once (pipe(7)).
-        let line = format!("sock: {line}\n");
-        let mut ready = [PollFd::new(stderr, PollFlags::OUT)];
-        let now = rustix::event::Timespec::default();
-        if line.len() <= libc::PIPE_BUF && poll(&mut ready, Some(&now)) == Ok(1) {
-            let _ = rustix::io::write(stderr, line.as_bytes());
+        if let Some((_, stderr)) = &*self.output.borrow() {
+            crate::stdio::say(stderr, line);
         }
     }
 
