@@ -74,7 +74,7 @@ WORKLOAD = (
 
 def plane(systems: list[dict]) -> str:
     """Points: memory from left to right, throughput from below."""
-    places = [(max(one["pss"], 1), one["per_second"]) for one in systems]
+    places = [(max(one["held"], 1), one["per_second"]) for one in systems]
     bounds = [
         (math.floor(math.log10(min(all_of_it))), math.ceil(math.log10(max(all_of_it))))
         for all_of_it in zip(*places, strict=True)
@@ -107,7 +107,7 @@ def plane(systems: list[dict]) -> str:
         ours = one["system"] == "tree"
         below = ours or one is systems[0]
         end = x > WIDTH * 0.6
-        words = f"{one['system']}: {one['per_second']:.3g}/s, {one['pss']:,.0f} MB"
+        words = f"{one['system']}: {one['per_second']:.3g}/s, {one['held']:,.0f} MB"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{OURS if ours else PEER}"/>')
         parts.append(
             f'<text x="{x + (12 if not end else -12):.1f}" y="{y + (22 if below else -12):.1f}"'
@@ -118,12 +118,12 @@ def plane(systems: list[dict]) -> str:
 
 def workload(systems: list[dict]) -> str:
     lines = [
-        f"| {one['system']} | {one['zygotes']} | {one['depth']} | {one['pss']:,.0f} | {one['per_second']:.1f} "
-        f"| {one['n']:,} | {one['p50']:,.2f} | {one['p99']:,.2f} | {one['stalled']:.1f} |"
+        f"| {one['system']} | {one['zygotes']} | {one['depth']} | {one['pss']:,.0f} | {one['held']:,.0f} "
+        f"| {one['per_second']:.1f} | {one['n']:,} | {one['p50']:,.2f} | {one['p99']:,.2f} | {one['stalled']:.1f} |"
         for one in systems
     ]
-    head = "| system | zygotes | depth | PSS, MB | requests/s | n | p50, ms | p99, ms | stalled, % |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|---|", *lines])
+    head = "| system | zygotes | depth | PSS, MB | held, MB | requests/s | n | p50, ms | p99, ms | stalled, % |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|---|---|", *lines])
 
 
 def table(figures: list[dict]) -> str:

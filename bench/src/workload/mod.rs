@@ -67,8 +67,11 @@ struct System {
     zygotes: usize,
     /// The longest line of descent.
     depth: usize,
-    /// MB of all zygotes of the node, their shims included: proportional set size.
+    /// MB of all zygotes of the node, their shims included, before the requests: proportional set size. What leaves share with them is counted for
+    /// these in part.
     pss: f64,
+    /// MB that the zygotes hold beside files, as the kernel has charged it to them, after the requests.
+    held: f64,
     /// Requests in a second, the mean without the first one.
     per_second: f64,
     /// Requests.
@@ -108,6 +111,7 @@ fn shown(systems: &[System]) -> String {
                 one.zygotes.to_string(),
                 one.depth.to_string(),
                 format!("{:.0}", one.pss),
+                format!("{:.0}", one.held),
                 format!("{:.1}", one.per_second),
                 one.n.to_string(),
                 format!("{:.2}", one.p50),
@@ -121,6 +125,7 @@ fn shown(systems: &[System]) -> String {
         "zygotes",
         "depth",
         "PSS, MB",
+        "held, MB",
         "requests/s",
         "n",
         "p50, ms",
@@ -328,18 +333,20 @@ impl<'a> Stage<'a> {
         let stalled = budget::stalled_micros(&self.node.node)?.saturating_sub(before);
         let took = Samples::new(outcome.took.into_iter().map(millis).collect());
         let took = took.context("nothing was answered")?;
+        let living = Zygotes::of(&self.node.node, NAMESPACE)?;
         let sets = cluster::get(&["packagesets", "-n", NAMESPACE])?;
         let sets: Vec<&Value> = sets["items"].as_array().into_iter().flatten().collect();
         let by_name = by_name(&sets);
         Ok(System {
             system,
-            zygotes: Zygotes::of(&self.node.node, NAMESPACE)?.count,
+            zygotes: living.count,
             depth: sets
                 .iter()
                 .map(|set| depth(set, &by_name))
                 .max()
                 .unwrap_or(0),
             pss,
+            held: living.bytes as f64 / 1e6,
             per_second: counted(&outcome.counts)?.mean(),
             n: took.count(),
             p50: took.percentile(50),
@@ -476,6 +483,7 @@ mod tests {
             zygotes: 1,
             depth: 1,
             pss: 1.0,
+            held: 1.0,
             per_second,
             n: 1,
             p50: 1.0,
