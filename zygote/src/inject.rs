@@ -165,27 +165,29 @@ impl Wanted {
     }
 }
 
+/// Adds, and then answers. The kernel can do both in one step (SECCOMP_ADDFD_FLAG_SEND), but when that is interrupted before the leaf has taken the
+/// socket, the leaf is answered all the same: with 0, which it takes for its socket (`seccomp_notify_addfd`, kernel/seccomp.c).
 fn hand_over(listener: &OwnedFd, id: u64, socket: &OwnedFd, close_on_exec: bool) -> Result<()> {
     let flags = if close_on_exec {
         libc::O_CLOEXEC.cast_unsigned()
     } else {
         0
     };
-    let mut add = libc::seccomp_notif_addfd {
+    let add = libc::seccomp_notif_addfd {
         id,
-        flags: u32::try_from(libc::SECCOMP_ADDFD_FLAG_SEND).unwrap_or_default(),
+        flags: 0,
         srcfd: socket.as_raw_fd().cast_unsigned(),
         newfd: 0,
         newfd_flags: flags,
     };
     let begin = Instant::now();
-    let add_to = |add: &libc::seccomp_notif_addfd| loop {
+    let added = loop {
         // SAFETY: the request reads one `struct seccomp_notif_addfd`.
         match unsafe {
             libc::ioctl(
                 listener.as_raw_fd(),
                 libc::SECCOMP_IOCTL_NOTIF_ADDFD as _,
-                add,
+                &add,
             )
         } {
             // The leaf takes it when it runs, which it may not soon if it has used up its share of the processor.
@@ -194,19 +196,10 @@ fn hand_over(listener: &OwnedFd, id: u64, socket: &OwnedFd, close_on_exec: bool)
             fd => break Ok(fd),
         }
     };
-    match add_to(&add) {
-        Ok(_) | Err(Errno::NOENT) => Ok(()),
-        // Kernels before 5.14 cannot add and answer in one step.
-        Err(Errno::INVAL) => {
-            add.flags = 0;
-            match add_to(&add) {
-                Ok(fd) => respond(listener, id, Ok(fd)),
-                Err(Errno::NOENT) => Ok(()),
-                Err(errno) => respond(listener, id, Err(errno)),
-            }
-        }
-        // Above all EMFILE: the leaf has no room for another descriptor.
-        Err(errno) => respond(listener, id, Err(errno)),
+    match added {
+        Err(Errno::NOENT) => Ok(()),
+        // If not: above all EMFILE, where the leaf has no room for another descriptor.
+        other => respond(listener, id, other),
     }
 }
 
@@ -245,6 +238,7 @@ fn last() -> Errno {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::patience::pestered;
 
     fn read(family: i32, kind: i32, protocol: i32) -> Result<Wanted, Errno> {
         let nr = i32::try_from(libc::SYS_socket).unwrap();
@@ -304,6 +298,82 @@ mod tests {
         let outcome = bounded(|| answer(&listener, &owner));
         assert!(matches!(outcome, Err(Error::System { .. })), "{outcome:?}");
         assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+
+    /// A process that asks for so many sockets, and ends with the number of the first that is none, or 0. Yields its number and its listener.
+    fn asking(times: i32) -> (libc::pid_t, OwnedFd) {
+        // Whatever asks for a socket is told to wait, all else is allowed (seccomp_unotify(2)).
+        let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+        let number = u32::try_from(libc::SYS_socket).unwrap();
+        let mut filter = [
+            instruction(0x20, 0, 0, 0),
+            instruction(0x15, 0, 1, number),
+            instruction(0x06, 0, 0, 0x7fc0_0000),
+            instruction(0x06, 0, 0, 0x7fff_0000),
+        ];
+        let program = libc::sock_fprog {
+            len: 4,
+            filter: filter.as_mut_ptr(),
+        };
+        let mut ends = [0; 2];
+        // SAFETY: the child makes system calls and nothing else.
+        unsafe {
+            assert_eq!(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC), 0);
+            let pid = libc::fork();
+            assert!(pid >= 0);
+            if pid == 0 {
+                libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                let listener = libc::syscall(
+                    libc::SYS_seccomp,
+                    libc::SECCOMP_SET_MODE_FILTER,
+                    libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+                    &raw const program,
+                );
+                libc::write(ends[1], (&raw const listener).cast(), 8);
+                let (mut kind, mut size): (libc::c_int, libc::socklen_t) = (0, 4);
+                for time in 1..=times {
+                    let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+                    let (level, name) = (libc::SOL_SOCKET, libc::SO_TYPE);
+                    let into = (&raw mut kind).cast();
+                    if libc::getsockopt(socket, level, name, into, &raw mut size) != 0 {
+                        libc::_exit(time);
+                    }
+                    libc::close(socket);
+                }
+                libc::_exit(0);
+            }
+            let mut listener: libc::c_long = -1;
+            assert_eq!(libc::read(ends[0], (&raw mut listener).cast(), 8), 8);
+            libc::close(ends[0]);
+            libc::close(ends[1]);
+            let pidfd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+            let own = libc::syscall(libc::SYS_pidfd_getfd, pidfd, listener, 0);
+            libc::close(i32::try_from(pidfd).unwrap());
+            let own = i32::try_from(own).unwrap();
+            assert!(own >= 0);
+            (pid, std::os::fd::FromRawFd::from_raw_fd(own))
+        }
+    }
+
+    #[test]
+    fn a_socket_is_one_however_long_its_leaf_takes_to_run() {
+        let (pid, listener) = asking(100);
+        let owner = Owner {
+            uid: Uid::ROOT,
+            gid: Gid::ROOT,
+        };
+        loop {
+            match pending(&listener).unwrap() {
+                Pending::Some => pestered(|| answer(&listener, &owner)).unwrap(),
+                Pending::None => std::thread::sleep(Duration::from_micros(10)),
+                Pending::Ended => break,
+            }
+        }
+        let mut status = 0;
+        // SAFETY: a child of this process.
+        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+        assert!(libc::WIFEXITED(status), "{status:x}");
+        assert_eq!(libc::WEXITSTATUS(status), 0, "that one was none");
     }
 
     #[test]

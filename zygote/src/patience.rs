@@ -29,6 +29,17 @@ pub(crate) fn bounded<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Runs `work` and interrupts whatever it waits for again and again, as where a tenant's process does not get to run.
+#[cfg(test)]
+pub(crate) fn pestered<T>(work: impl FnOnce() -> T) -> T {
+    const AT_ONCE: Duration = Duration::from_micros(20);
+    let timer = TIMER.with(|timer| *timer.get_or_init(make));
+    set(timer, AT_ONCE, AT_ONCE);
+    let result = work();
+    set(timer, Duration::ZERO, Duration::ZERO);
+    result
+}
+
 /// `None` if the kernel has no timer to give: then there is no bound.
 fn make() -> Option<libc::timer_t> {
     static HANDLER: Once = Once::new();
