@@ -93,11 +93,19 @@ pub fn package_set_of(name: &str, requirements: &[&str], imports: &[&str]) -> Va
     set
 }
 
+/// Lines of the tests' requirements, those of these packages.
+pub fn requirements(packages: &[&str]) -> Vec<&'static str> {
+    let lines = include_str!("../images/requirements-science.txt").lines();
+    let is_wanted = |line: &&str| {
+        let name = line.split_once("==").map(|(name, _)| name);
+        name.is_some_and(|name| packages.contains(&name))
+    };
+    lines.filter(is_wanted).collect()
+}
+
 /// A PackageSet with numpy.
 pub fn numpy(name: &str) -> Value {
-    let mut lines = include_str!("../images/requirements-science.txt").lines();
-    let line = lines.find(|line| line.starts_with("numpy=="));
-    package_set_of(name, line.as_slice(), &["numpy"])
+    package_set_of(name, &requirements(&["numpy"]), &["numpy"])
 }
 
 /// A Function whose module is `app` and whose handler is `handler`.

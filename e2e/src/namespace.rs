@@ -193,6 +193,18 @@ impl Namespace {
         self.pods(&format!("sock.dev/pool={set},sock.dev/version={version}"))
     }
 
+    /// The only pod of that pool.
+    ///
+    /// # Errors
+    /// There is none, or there are several.
+    pub fn pool_of(&self, set: &str) -> Result<Value> {
+        let mut pools = self.pools_of(set)?;
+        match (pools.pop(), pools.len()) {
+            (Some(pool), 0) => Ok(pool),
+            (_, others) => bail!("PackageSet {set} has {others} more pools than one, or none"),
+        }
+    }
+
     /// The only pod of a Function.
     ///
     /// # Errors

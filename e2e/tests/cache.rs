@@ -4,36 +4,18 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use sock_e2e::{Client, MINUTE, Namespace, Node, get, in_namespace, manifest, until, workers};
 
-/// Lines of the tests' requirements.
-fn lines(names: &[&str]) -> Vec<&'static str> {
-    let all = include_str!("../images/requirements-science.txt").lines();
-    let named = |line: &&str| {
-        names
-            .iter()
-            .any(|name| line.starts_with(&format!("{name}==")))
-    };
-    all.filter(named).collect()
-}
-
-fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
-    let mut pools = namespace.pools_of(set)?;
-    let pool = pools.pop().context("a pool")?;
-    ensure!(pools.is_empty(), "one pool is left");
-    Ok(pool)
-}
-
 fn name(pod: &Value) -> Result<&str> {
     pod["metadata"]["name"].as_str().context("metadata.name")
 }
 
 fn installed(namespace: &Namespace, set: &str) -> Result<String> {
-    let pool = pool(namespace, set)?;
+    let pool = namespace.pool_of(set)?;
     namespace.kubectl(&["logs", name(&pool)?, "--container=install"])
 }
 
 /// Where the packages of a PackageSet are on its nodes.
 fn packages(namespace: &Namespace, set: &str) -> Result<String> {
-    let pool = pool(namespace, set)?;
+    let pool = namespace.pool_of(set)?;
     let of = |key: &str| {
         let value = pool["metadata"]["annotations"][key].as_str();
         value.with_context(|| key.to_owned())
@@ -65,7 +47,7 @@ fn what_package_sets_have_in_common_is_there_once() {
     in_namespace("cache", |namespace| {
         let node = workers()?.into_iter().next().context("a node")?;
         let set = |name: &str, packages: &[&str]| {
-            let set = manifest::package_set_of(name, &lines(packages), &["numpy"]);
+            let set = manifest::package_set_of(name, &manifest::requirements(packages), &["numpy"]);
             manifest::only_on(&node.name, set)
         };
         // Two that want the same at the same time, and one that wants more.
@@ -92,17 +74,18 @@ fn an_entry_that_was_altered_is_installed_anew() {
     in_namespace("altered", |namespace| {
         let mut nodes = workers()?.into_iter();
         let (other, node) = nodes.next().zip(nodes.next()).context("two nodes")?;
-        let set = manifest::package_set_of("numbers", &lines(&["numpy"]), &["numpy"]);
+        let set =
+            manifest::package_set_of("numbers", &manifest::requirements(&["numpy"]), &["numpy"]);
         let set = manifest::only_on(&node.name, set);
         let code = "import numpy\n\ndef handler(event, context):\n    return {'poisoned': hasattr(numpy, 'POISON'), 'sum': int(numpy.arange(4).sum())}\n";
         namespace.serve("sums", &[set, manifest::function("sums", "numbers", code)])?;
-        let before = pool(namespace, "numbers")?;
+        let before = namespace.pool_of("numbers")?;
         let packages = packages(namespace, "numbers")?;
         let script = r#"cd "$1" && sha256sum numpy/__init__.py && rm -f numpy/__pycache__/__init__.*.pyc && echo 'POISON = 1' >>numpy/__init__.py"#;
         let sum = node.shell(script, &[&packages])?;
         namespace.kubectl(&["delete", "pod", name(&before)?])?;
         let now = until("another pool is ready", 3 * MINUTE, || {
-            let Ok(now) = pool(namespace, "numbers") else {
+            let Ok(now) = namespace.pool_of("numbers") else {
                 return Ok(None);
             };
             let is_ready = now["status"]["containerStatuses"][0]["ready"] == true;
@@ -138,7 +121,8 @@ fn what_the_cache_cannot_take_is_no_success() {
         let hinder =
             r#"mkdir -p -m 711 "/var/lib/sock/cache/$1" && touch "/var/lib/sock/cache/$1/.files""#;
         node.shell(hinder, &[uid])?;
-        let set = manifest::package_set_of("numbers", &lines(&["numpy"]), &["numpy"]);
+        let set =
+            manifest::package_set_of("numbers", &manifest::requirements(&["numpy"]), &["numpy"]);
         namespace.apply(&[manifest::only_on(&node.name, set)])?;
         until("the PackageSet says why", 2 * MINUTE, || {
             let message =

@@ -101,25 +101,18 @@ impl Caller<'_> {
     }
 
     fn status(&mut self, set: &str) -> Result<Value> {
-        let pool = pool(self.namespace, set)?;
+        let pool = self.namespace.pool_of(set)?;
         let address = pool["status"]["podIP"].as_str().context("status.podIP")?;
         self.client.get(address, 9464, "/status")?.json()
     }
 }
 
-fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
-    let mut pools = namespace.pools_of(set)?;
-    let pool = pools.pop().context("a pool")?;
-    ensure!(pools.is_empty(), "one pool is left");
-    Ok(pool)
-}
-
 fn zygote(namespace: &Namespace, node: &Node, set: &str) -> Result<Process> {
-    node.zygote_of(&pool(namespace, set)?)
+    node.zygote_of(&namespace.pool_of(set)?)
 }
 
 fn never_restarted(namespace: &Namespace, set: &str) -> Result<()> {
-    let pool = pool(namespace, set)?;
+    let pool = namespace.pool_of(set)?;
     let container = &pool["status"]["containerStatuses"][0];
     ensure!(
         container["ready"] == true && container["restartCount"] == 0,
@@ -186,7 +179,7 @@ fn zygotes_that_are_worth_least_end_and_come_back_and_no_request_is_lost() {
                 answered += 1;
             }
             let gone = |set| -> Result<bool> {
-                Ok(node.interpreters_of(&pool(namespace, set)?)?.is_empty())
+                Ok(node.interpreters_of(&namespace.pool_of(set)?)?.is_empty())
             };
             Ok((gone("leaf")? && gone("idle")?).then_some(()))
         })?;
@@ -203,7 +196,7 @@ fn zygotes_that_are_worth_least_end_and_come_back_and_no_request_is_lost() {
                 "--container=zygote",
                 &format!(
                     "pod/{}",
-                    pool(namespace, set)?["metadata"]["name"]
+                    namespace.pool_of(set)?["metadata"]["name"]
                         .as_str()
                         .context("a name")?
                 ),
@@ -219,7 +212,7 @@ fn zygotes_that_are_worth_least_end_and_come_back_and_no_request_is_lost() {
         budget.change(MIB)?;
         until("all have ended", 4 * MINUTE, || {
             let gone = sets.map(|set| -> Result<bool> {
-                Ok(node.interpreters_of(&pool(namespace, set)?)?.is_empty())
+                Ok(node.interpreters_of(&namespace.pool_of(set)?)?.is_empty())
             });
             let gone = gone.into_iter().collect::<Result<Vec<_>>>()?;
             Ok(gone.iter().all(|gone| *gone).then_some(()))

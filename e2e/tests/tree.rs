@@ -19,20 +19,8 @@ def handler(event, context):
 
 /// Three PackageSets on a node, each with a package more than the one before, which it extends.
 fn line(node: &Node) -> Vec<Value> {
-    let all: Vec<&str> = include_str!("../images/requirements-science.txt")
-        .lines()
-        .filter(|line| line.contains("=="))
-        .collect();
-    let of = |names: &[&str]| -> Vec<&str> {
-        let named = |line: &&&str| {
-            names
-                .iter()
-                .any(|name| line.starts_with(&format!("{name}==")))
-        };
-        all.iter().filter(named).copied().collect()
-    };
     let set = |name: &str, packages: &[&str], imports: &[&str], parent: Option<&str>| {
-        let set = manifest::package_set_of(name, &of(packages), imports);
+        let set = manifest::package_set_of(name, &manifest::requirements(packages), imports);
         let mut set = manifest::only_on(&node.name, set);
         if let Some(parent) = parent {
             set["spec"]["extends"] = json!({"name": parent});
@@ -54,13 +42,6 @@ fn nodes() -> Result<(Node, Node)> {
     nodes.next().zip(nodes.next()).context("two nodes")
 }
 
-fn pool(namespace: &Namespace, set: &str) -> Result<Value> {
-    let mut pools = namespace.pools_of(set)?;
-    let pool = pools.pop().context("a pool")?;
-    ensure!(pools.is_empty(), "one pool is left");
-    Ok(pool)
-}
-
 /// Of the Function's only pod.
 fn address(namespace: &Namespace) -> Result<String> {
     let pod = namespace.pod_of("what")?;
@@ -69,7 +50,7 @@ fn address(namespace: &Namespace) -> Result<String> {
 }
 
 fn zygote(namespace: &Namespace, node: &Node, set: &str) -> Result<Process> {
-    node.zygote_of(&pool(namespace, set)?)
+    node.zygote_of(&namespace.pool_of(set)?)
 }
 
 /// In KiB: all that a process sees, and what it shares with nobody.

@@ -2,12 +2,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use sock_sandbox::cgroup::{Cgroup, OomWatch};
+use sock_sandbox::{ExecPlan, Launched, Stdio};
 
 use crate::process::{Exit, Phase, Process};
 use crate::role::Role;
@@ -76,6 +78,49 @@ impl Container {
             "container {} is not running",
             self.id
         )))
+    }
+
+    /// Where its processes are, once it is created.
+    ///
+    /// # Errors
+    /// It is not, or not any more.
+    pub fn own_cgroup(&self) -> Result<Cgroup, Failure> {
+        let cgroup = self.cgroup.borrow().clone();
+        cgroup.ok_or_else(|| Failure::precondition("the container has no cgroup"))
+    }
+
+    /// Launches its own command as a further process, where the first one is a holder: with `control` as descriptor 3.
+    ///
+    /// # Errors
+    /// It does not run, or the kernel refuses.
+    pub fn launch_command(
+        &self,
+        control: OwnedFd,
+        stdout: BorrowedFd<'_>,
+        stderr: BorrowedFd<'_>,
+    ) -> Result<Launched, Failure> {
+        const NAME: &str = "SOCK_CONTROL_FD";
+        let specified = self.spec.process().as_ref();
+        let mut process = specified
+            .cloned()
+            .ok_or_else(|| Failure::invalid("process is missing"))?;
+        let mut env = process.env().clone().unwrap_or_default();
+        env.retain(|one| one.split('=').next() != Some(NAME));
+        env.push(format!("{NAME}=3"));
+        process.set_env(Some(env)).set_terminal(Some(false));
+        let linux = self.spec.linux().as_ref();
+        Ok(sock_sandbox::exec(ExecPlan {
+            target: self.running()?,
+            process: &process,
+            linux,
+            seccomp: linux.and_then(|l| l.seccomp().as_ref()),
+            stdio: Stdio {
+                stdin: None,
+                stdout: Some(stdout.try_clone_to_owned()?),
+                stderr: Some(stderr.try_clone_to_owned()?),
+            },
+            extra: vec![(3, control)],
+        })?)
     }
 
     /// At the end of its first process: whether the kernel has killed in it for want of memory.

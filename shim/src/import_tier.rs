@@ -45,7 +45,7 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 const AWAY_FOR: Duration = Duration::from_secs(120);
 
 /// What a zygote costs and what it is worth. Times are seconds since the machine has started.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Account {
     tenant: String,
@@ -160,14 +160,7 @@ impl Membership {
         let account = Account {
             tenant: tenant.to_owned(),
             digest: digest.to_owned(),
-            parent: None,
-            import_micros: 0,
-            bytes: 0,
-            forks_per_second: 0.0,
-            at: 0.0,
-            is_alive: false,
-            busy_until: 0.0,
-            has_leaves: false,
+            ..Account::default()
         };
         Ok(Membership {
             node,
@@ -233,7 +226,7 @@ impl Membership {
         }
     }
 
-    /// It has ended for that, or did not come back.
+    /// It has ended for that.
     pub fn rests(&self) {
         let forks = self.forks.borrow().per_second(Instant::now());
         let mut account = self.account.borrow_mut();

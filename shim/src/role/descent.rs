@@ -144,8 +144,7 @@ impl Descent {
             let cgroup = namespace::of_process(init, "cgroup")?;
             namespaces.push((ZygoteFd::CgroupNamespace, cgroup));
         }
-        let cgroup = container.cgroup.borrow().clone();
-        let cgroup = cgroup.ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
+        let cgroup = container.own_cgroup()?;
         let entrances = cgroup.entrances()?;
         let process = spec.process().as_ref();
         let env = process.and_then(|p| p.env().as_ref()).into_iter().flatten();

@@ -4,13 +4,13 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use oci_spec::runtime::{Process as ProcessSpec, Spec};
-use sock_sandbox::{ExecPlan, Stdio, namespace, seccomp};
+use sock_sandbox::{Stdio, namespace, seccomp};
 use sock_zygote::protocol::{LeafSetup, Rlimit};
 
 use super::{CACHE, POOLS, SITE_PACKAGES, add_payload, packages, profile};
@@ -73,11 +73,7 @@ impl FunctionContainer {
             Some((out, err)) => (out.try_clone()?, err.try_clone()?),
             None => return Err(Failure::precondition("the container has no output")),
         };
-        let cgroup = container
-            .cgroup
-            .borrow()
-            .clone()
-            .ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
+        let cgroup = container.own_cgroup()?;
         cgroup.delegate(container.init.pid())?;
         let zygotes: Option<Rc<dyn Zygotes>> = match &self.config.zygote {
             Some(name) => {
@@ -256,27 +252,9 @@ impl Interpreter for ContainerCommand {
                 .container
                 .upgrade()
                 .ok_or_else(|| anyhow::anyhow!("the container is gone"))?;
-            let mut process: ProcessSpec = container.spec.process().clone().unwrap_or_default();
-            let mut env = process.env().clone().unwrap_or_default();
-            env.push("SOCK_CONTROL_FD=3".into());
-            process.set_env(Some(env)).set_terminal(Some(false));
             let entrances = cgroup.entrances()?;
-            let launched = sock_sandbox::exec(ExecPlan {
-                target: container.init.pid(),
-                process: &process,
-                linux: container.spec.linux().as_ref(),
-                seccomp: container
-                    .spec
-                    .linux()
-                    .as_ref()
-                    .and_then(|l| l.seccomp().as_ref()),
-                stdio: Stdio {
-                    stdin: None,
-                    stdout: Some(streams.stdout.try_clone()?),
-                    stderr: Some(streams.stderr.try_clone()?),
-                },
-                extra: vec![(3, control)],
-            })?;
+            let (stdout, stderr) = (streams.stdout.as_fd(), streams.stderr.as_fd());
+            let launched = container.launch_command(control, stdout, stderr)?;
             let claim = Claim::new(launched.pid);
             let failed = run_program(&launched, &entrances).await?;
             let pidfd =

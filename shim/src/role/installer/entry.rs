@@ -39,6 +39,12 @@ const MOST: Most = Most {
     bytes: 128 << 30,
 };
 
+/// A file that may be anything, which is neither followed nor waited for.
+const READ: OFlags = OFlags::RDONLY
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::CLOEXEC);
+
 struct Most {
     files: usize,
     names: usize,
@@ -83,8 +89,7 @@ pub fn take_in(staging: &Path, entry: &Path) -> io::Result<usize> {
 pub fn altered(entry: &Path) -> io::Result<Option<PathBuf>> {
     let top = directory(CWD, entry.as_os_str())?;
     let now = list(directory(&top, OsStr::new(PACKAGES))?, true, |_| {})?;
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match openat(&top, LIST, flags, Mode::empty()) {
+    let file = match openat(&top, LIST, READ, Mode::empty()) {
         Ok(file) => file,
         Err(Errno::NOENT) => {
             write(&top, &now)?;
@@ -216,8 +221,7 @@ fn line(
     let mut about = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let (letter, size, digest, inner) = match FileType::from_raw_mode(about.st_mode) {
         FileType::RegularFile => {
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            let file = openat(from, name, flags, Mode::empty())?;
+            let file = openat(from, name, READ, Mode::empty())?;
             about = fstat(&file)?;
             let size = u64::try_from(about.st_size).unwrap_or_default();
             if size > MOST.bytes || FileType::from_raw_mode(about.st_mode) != FileType::RegularFile
@@ -312,8 +316,7 @@ impl Store {
     }
 
     fn link_to(&self, stored: &str, file: &Seen<'_>) -> rustix::io::Result<bool> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let found = openat(&self.0, stored, flags, Mode::empty())?;
+        let found = openat(&self.0, stored, READ, Mode::empty())?;
         // What it is called is what it was: what it is now is looked at.
         let is_same = rights(&fstat(&found)?) == rights(&file.about)
             && digest(File::from(found)).is_ok_and(|digest| digest == file.digest);

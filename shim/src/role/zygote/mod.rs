@@ -2,7 +2,6 @@
 //!
 //! Its namespaces, the user namespace first of all, belong to a holder of their own, which outlives the pod while leaves
 //! forked from the zygote live: they are below its PID namespace. The holder therefore stays out of the pod's cgroup.
-
 //!
 //! The container's first process is a holder too. The zygote is a process that comes into the container: the container's own command, or the child of
 //! another zygote. So it can end while the container stays, when the node needs its memory for others ([`crate::import_tier`]), and begin again
@@ -24,7 +23,7 @@ use oci_spec::runtime::{
 use serde_json::{Value, json};
 use sock_sandbox::{Stdio, UserMapping};
 use sock_zygote::protocol::Attached;
-use sock_zygote::{Broker, Warm, Zygote};
+use sock_zygote::{Broker, Channel, Warm, Zygote};
 use tokio::time::Instant;
 
 use super::descent::{self, Descent, Parent};
@@ -73,6 +72,12 @@ enum Origin {
     Program,
     /// Another's child does.
     Descent(Box<Descent>),
+}
+
+impl Origin {
+    fn descends(&self) -> bool {
+        matches!(self, Origin::Descent(_))
+    }
 }
 
 /// A zygote that is warm.
@@ -258,7 +263,7 @@ impl ZygoteContainer {
         let membership = Membership::new(&container.sandbox, &name.tenant, &name.digest);
         let membership = Rc::new(membership.map_err(Failure::unknown)?);
         *self.membership.borrow_mut() = Some(Rc::clone(&membership));
-        membership.starts(self.parent_of(&origin));
+        membership.starts(self.parent(origin.descends()));
         let living = self.begin(container, origin, until).await?;
         let path = name.pools(Path::new(POOLS));
         let path = path.join(format!("{}.sock", container.sandbox));
@@ -300,31 +305,28 @@ impl ZygoteContainer {
         };
         let streams: (BorrowedFd<'_>, BorrowedFd<'_>) = (stdout.as_fd(), stderr.as_fd());
         let begun = Instant::now();
-        let (process, configured, parent) = match origin {
+        let (process, control, parent) = match origin {
             Origin::Program => {
                 let (ours, theirs) = sock_zygote::protocol::pair().map_err(Failure::unknown)?;
-                let process = Rc::new(ZygoteProcess::run(container, theirs, streams).await?);
-                *self.zygote.borrow_mut() = Some(Rc::clone(&process));
-                let configured = Zygote::configure(ours, setup);
-                let configured = self
-                    .configured(container, configured, &process, until)
-                    .await;
-                (process, configured, None)
+                let process = ZygoteProcess::run(container, theirs, streams).await?;
+                let control = Channel::new(ours, "zygote").map_err(Failure::unknown)?;
+                (process, control, None)
             }
             Origin::Descent(descent) => {
                 let (control, pidfd, pid, parent) = descent
                     .enter(container, streams)
                     .await
                     .map_err(|e| refused(&e))?;
-                let process = Rc::new(ZygoteProcess::stranger(pid, pidfd)?);
-                *self.zygote.borrow_mut() = Some(Rc::clone(&process));
-                let configured = Zygote::configure_over(control, setup);
-                let configured = self
-                    .configured(container, configured, &process, until)
-                    .await;
-                (process, configured, Some(parent))
+                let process = ZygoteProcess::stranger(pid, pidfd)?;
+                (process, control, Some(parent))
             }
         };
+        let process = Rc::new(process);
+        *self.zygote.borrow_mut() = Some(Rc::clone(&process));
+        let configured = Zygote::configure_over(control, setup);
+        let configured = self
+            .configured(container, configured, &process, until)
+            .await;
         let (zygote, mut warm) = configured.map_err(|e| refused(&e))?;
         // A tenant's word: more than has passed it cannot be.
         let passed = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -342,10 +344,9 @@ impl ZygoteContainer {
         })
     }
 
-    /// DIGEST of the zygote that one is forked from.
-    fn parent_of(&self, origin: &Origin) -> Option<String> {
-        let parent = self.config.parent.as_ref();
-        let parent = parent.filter(|_| matches!(origin, Origin::Descent(_)));
+    /// DIGEST of the zygote that one is forked from, if it is.
+    fn parent(&self, descends: bool) -> Option<String> {
+        let parent = self.config.parent.as_ref().filter(|_| descends);
         parent.map(|parent| parent.digest.clone())
     }
 
@@ -387,8 +388,7 @@ impl ZygoteContainer {
     /// Says in the status and to the node what a zygote has become.
     fn tell(&self, living: &Living) {
         let Living { warm, parent, .. } = living;
-        let parent = parent.as_ref().and(self.config.parent.as_ref());
-        let parent = parent.map(|parent| parent.digest.clone());
+        let parent = self.parent(parent.is_some());
         let modules: Vec<_> = warm
             .modules
             .iter()
@@ -633,7 +633,7 @@ async fn until_back(
             let Some(origin) = pool.origin_again().await? else {
                 return Ok(None);
             };
-            membership.starts(pool.parent_of(&origin));
+            membership.starts(pool.parent(origin.descends()));
             let until = Instant::now() + READY_WITHIN;
             pool.begin(container, origin, until).await.map(Some)
         };

@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use sock_sandbox::{ExecPlan, Stdio};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -38,24 +37,8 @@ impl ZygoteProcess {
         control: OwnedFd,
         (stdout, stderr): (BorrowedFd<'_>, BorrowedFd<'_>),
     ) -> Result<ZygoteProcess, Failure> {
-        let specified = container.spec.process().as_ref();
-        let specified = specified.ok_or_else(|| Failure::invalid("process is missing"))?;
-        let cgroup = container.cgroup.borrow().clone();
-        let cgroup = cgroup.ok_or_else(|| Failure::precondition("the container has no cgroup"))?;
-        let entrances = cgroup.entrances()?;
-        let linux = container.spec.linux().as_ref();
-        let launched = sock_sandbox::exec(ExecPlan {
-            target: container.running()?,
-            process: specified,
-            linux,
-            seccomp: linux.and_then(|l| l.seccomp().as_ref()),
-            stdio: Stdio {
-                stdin: None,
-                stdout: Some(stdout.try_clone_to_owned()?),
-                stderr: Some(stderr.try_clone_to_owned()?),
-            },
-            extra: vec![(3, control)],
-        })?;
+        let entrances = container.own_cgroup()?.entrances()?;
+        let launched = container.launch_command(control, stdout, stderr)?;
         let claim = Claim::new(launched.pid);
         let process = Rc::new(Process::new(String::new(), Paths::default()));
         let pid = launched.pid;
