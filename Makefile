@@ -67,7 +67,7 @@ guest: rust ## integration tests of sandbox and shim in a guest with cgroup v2
 	e2e/guest/test
 
 test-images: cluster
-	e2e/images/build target/archives/tests old-python
+	e2e/images/build target/archives/tests old-python new-python musl-python
 	e2e/cluster/load target/archives/tests/*.tar
 	e2e/images/build target/archives/cri critest
 	e2e/containerds/build target/archives/containerds

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Wheels for the tests: pins a list of packages, and makes the index that serves them.
 
-    wheels.py pin NAME...                      prints `name==version --hash=sha256:...` for all that these need
+    wheels.py pin [--for IMAGE] NAME...        prints `name==version --hash=sha256:...` for all that these need
     wheels.py index WHEELS ROOT REQUIREMENTS...  downloads what the files pin into WHEELS, lays a simple index into ROOT
     wheels.py needs WHEELS REQUIREMENTS          prints as JSON what each project that the file pins needs
 
+`requirements-IMAGE.txt` is for the Python of IMAGE where one of that name is below, else for what most tests use.
 A download happens once, through the machine's own pip; what is in WHEELS already is not asked for again.
 """
 
@@ -20,15 +21,18 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
-PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any"]
-TARGET = ["--only-binary=:all:", "--python-version=3.13", "--implementation=cp"]
-TARGET += [f"--abi={abi}" for abi in ("cp313", "abi3", "none")]
-TARGET += [f"--platform={platform}" for platform in PLATFORMS]
+MANYLINUX = ["manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
+USUAL = ("3.13", MANYLINUX)
+TARGETS = {"new-python": ("3.14", MANYLINUX), "musl-python": ("3.13", ["musllinux_1_2_x86_64"])}
 
 
-def download(directory: Path, *what: str) -> None:
+def download(image: str, directory: Path, *what: str) -> None:
+    version, platforms = TARGETS.get(image, USUAL)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, *TARGET, f"--dest={directory}", *what], check=True)
+    command += ["--only-binary=:all:", f"--python-version={version}", "--implementation=cp"]
+    command += [f"--abi={abi}" for abi in (f"cp{version.replace('.', '')}", "abi3", "none")]
+    command += [f"--platform={platform}" for platform in [*platforms, "any"]]
+    subprocess.run([*command, f"--dest={directory}", *what], check=True)
 
 
 def digest(wheel: Path) -> str:
@@ -45,9 +49,9 @@ def project(wheel: Path) -> str:
     return normalized(wheel.name.split("-")[0])
 
 
-def pin(names: list[str]) -> None:
+def pin(image: str, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        download(Path(directory), *names)
+        download(image, Path(directory), *names)
         for wheel in sorted(Path(directory).glob("*.whl"), key=project):
             print(f"{project(wheel)}=={wheel.name.split('-')[1]} --hash=sha256:{digest(wheel)}")
 
@@ -82,7 +86,8 @@ def index(wheels: Path, root: Path, requirements: list[Path]) -> None:
         # Into a directory of its own first: a download that is killed leaves no half wheel behind.
         with tempfile.TemporaryDirectory(dir=wheels.parent) as directory:
             for file in requirements:
-                download(Path(directory), "--no-deps", "--require-hashes", f"--requirement={file}")
+                image = file.stem.removeprefix("requirements-")
+                download(image, Path(directory), "--no-deps", "--require-hashes", f"--requirement={file}")
             for wheel in Path(directory).glob("*.whl"):
                 wheel.rename(wheels / wheel.name)
         present = {digest(wheel): wheel for wheel in wheels.glob("*.whl")}
@@ -110,8 +115,10 @@ def write_page(directory: Path, lines: list[str]) -> None:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["pin", *names] if names:
-            pin(names)
+        case ["pin", "--for", image, *names] if names and image in TARGETS:
+            pin(image, names)
+        case ["pin", *names] if names and names[0] != "--for":
+            pin("", names)
         case ["index", wheels, root, *requirements] if requirements:
             index(Path(wheels), Path(root), [Path(file) for file in requirements])
         case ["needs", wheels, requirements]:

@@ -6,6 +6,10 @@ use serde_json::{Value, json};
 pub const PYTHON: &str = "docker.io/library/python:3.13-slim-trixie";
 /// An image whose Python is too old for sock.
 pub const OLD_PYTHON: &str = "docker.io/library/python:3.9-slim-bullseye";
+/// An image with a Python newer than most tests use.
+pub const NEW_PYTHON: &str = "docker.io/library/python:3.14-slim-forky";
+/// An image whose C library is musl.
+pub const MUSL_PYTHON: &str = "docker.io/library/python:3.13-alpine";
 /// The busybox image of the tests.
 pub const BUSYBOX: &str = "docker.io/library/busybox:1.36";
 /// The index that `make install` starts in the cluster.
@@ -101,6 +105,14 @@ pub fn requirements(packages: &[&str]) -> Vec<&'static str> {
         name.is_some_and(|name| packages.contains(&name))
     };
     lines.filter(is_wanted).collect()
+}
+
+/// A PackageSet with numpy on another image than most tests use, and the line that pins numpy for it.
+pub fn numpy_on(image: &str, lines: &str) -> Value {
+    let lines: Vec<&str> = lines.lines().filter(|line| line.contains("==")).collect();
+    let mut set = package_set_of("numbers", &lines, &["numpy"]);
+    set["spec"]["image"] = json!(image);
+    set
 }
 
 /// A PackageSet with numpy.

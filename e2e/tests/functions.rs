@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use sock_e2e::attempts::{address, forked};
 use sock_e2e::{
     Client, MINUTE, Namespace, Node, Process, in_namespace, kubectl, kubectl_with, manifest, until,
     workers,
@@ -483,6 +484,54 @@ def handler(event, context):
             "{logs:?}"
         );
         served.until_idle()
+    });
+}
+
+/// A Function with numpy forks on an image, and says what its interpreter is.
+fn forks_on(namespace: &Namespace, image: &str, lines: &str) -> Result<Value> {
+    const CODE: &str = "
+import os
+import sys
+
+import numpy
+
+def handler(event, context):
+    about = sys.implementation
+    return {'pid': os.getpid(), 'python': about.cache_tag, 'platform': about._multiarch,
+            'sum': int(numpy.arange(5).sum()), 'inverse': float(numpy.linalg.inv([[4.0]])[0, 0])}
+";
+    let mut nodes = workers()?.into_iter();
+    let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
+    let set = manifest::only_on(&node.name, manifest::numpy_on(image, lines));
+    // A request that a plain interpreter answered is no answer here.
+    let function = manifest::with(
+        manifest::function("sums", "numbers", CODE),
+        &json!({"reuse": "Never"}),
+    );
+    namespace.serve("sums", &[set, function])?;
+    let pod = namespace.pod_of("sums")?;
+    let said = forked(&mut Client::on(&other)?, address(&pod)?, "/")?;
+    ensure!(said["sum"] == 10 && said["inverse"] == 0.25, "{said}");
+    Ok(said)
+}
+
+#[test]
+fn a_function_forks_on_an_image_with_a_newer_python() {
+    in_namespace("newer", |namespace| {
+        let lines = include_str!("../images/requirements-new-python.txt");
+        let said = forks_on(namespace, manifest::NEW_PYTHON, lines)?;
+        ensure!(said["python"] == "cpython-314", "{said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_function_forks_on_an_image_without_glibc() {
+    in_namespace("musl", |namespace| {
+        let lines = include_str!("../images/requirements-musl-python.txt");
+        let said = forks_on(namespace, manifest::MUSL_PYTHON, lines)?;
+        ensure!(said["platform"] == "x86_64-linux-musl", "{said}");
+        Ok(())
     });
 }
 
