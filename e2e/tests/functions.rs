@@ -503,7 +503,7 @@ def handler(event, context):
     let mut nodes = workers()?.into_iter();
     let (node, other) = nodes.next().zip(nodes.next()).context("two nodes")?;
     let set = manifest::only_on(&node.name, manifest::numpy_on(image, lines));
-    // A request that a plain interpreter answered is no answer here.
+    // Every request asks for a fork, so that one does that comes after a plain interpreter has answered.
     let function = manifest::with(
         manifest::function("sums", "numbers", CODE),
         &json!({"reuse": "Never"}),
